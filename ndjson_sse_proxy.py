@@ -24,9 +24,9 @@ The way of the data:
     client <--SSE--- ProxyHandler <- sse_event <- ChatStream <- NdjsonDecoder <- read1() <- NDJSON
 
 The middle (sections 3 to 6) never sees a socket, a clock or a random number, so you can read
-it, test it and paste it elsewhere on its own (with section 2 for its errors). A stream ends in
-exactly one of two ways: a finish_reason and `[DONE]`, or an error frame. An answer that was cut
-is never passed off as a whole one.
+it, test it and paste it elsewhere on its own, with the imports, MAX_LINE_BYTES and section 2 for its
+errors. A translated stream ends in exactly one of two ways: a finish_reason and `[DONE]`, or an
+error frame. An answer that was cut is never passed off as a whole one.
 
 What it does not do: no TLS, no authentication (it listens on this machine only, unless told
 otherwise), no caching, no retries, no prompts of its own.
@@ -36,6 +36,7 @@ To learn streaming read sections 3, 4, 6; then 5 (the fields of a request) and 8
 from __future__ import annotations
 
 import argparse
+import base64
 import calendar
 import contextlib
 import http.client
@@ -54,7 +55,7 @@ import urllib.parse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # names for annotations, which are read and checked but never run
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
     from typing import NoReturn
 
     Json = dict[str, Any]
@@ -215,49 +216,54 @@ def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> J
 
 
 class NdjsonDecoder:
-    """Bytes in, records out: one JSON object a line. Touches no socket.
+    r"""Bytes in, records out: one JSON object a line. Touches no socket.
 
     >>> decoder = NdjsonDecoder()
-    >>> list(decoder.feed(b'{"a": 1}' + b'\\n{"b"'))      # the second line is not whole yet
+    >>> list(decoder.feed(b'{"a": 1}\n{"b"'))      # the second line is not whole yet
     [(b'{"a": 1}', {'a': 1})]
-    >>> list(decoder.feed(b': 2}' + b'\\n'))
+    >>> list(decoder.feed(b': 2}\n'))
     [(b'{"b": 2}', {'b': 2})]
     """
 
     def __init__(self, max_line: int = MAX_LINE_BYTES) -> None:
-        self._rest = bytearray()  # of a line whose end has not come
+        self._rest = bytearray()  # what has come and is not a record yet
+        self._searched = 0  # so much of it holds no newline
         self._max_line = max_line
 
     def feed(self, data: bytes) -> Iterator[tuple[bytes, Json]]:
-        """Yield (line, record) for each line that `data` completes; blank lines are skipped.
+        """Take `data`; yield (line, record) for each line that is whole now, but for blank ones.
 
-        A generator, so that the records before a bad line come out before its error does.
-        Raises ProxyError 502 for a line that is no JSON object, or longer than `max_line` bytes.
+        The records before a bad line come out before its error does. Raises ProxyError 502 for a
+        line that is no JSON object, or longer than `max_line` bytes.
         """
-        *ends, rest = data.split(b"\n")
-        for end in ends:
-            self._append(end)
-            line, self._rest = bytes(self._rest).strip(), bytearray()
-            if line:
-                yield line, self._record(line)
-        self._append(rest)
+        self._rest += data
+        return self._lines()
 
     def close(self) -> Iterator[tuple[bytes, Json]]:
         """The input has ended: yield its last line, if that lacked only the newline.
 
         Raises ProxyError 502 if the end came in the middle of a line.
         """
-        line = bytes(self._rest).strip()
+        line, self._rest = bytes(self._rest).strip(), bytearray()
         if line:
             try:
                 yield line, self._record(line)
             except ProxyError:
                 raise cut_upstream(f"it ended inside a line, {show(line)}") from None
 
-    def _append(self, data: bytes) -> None:
-        self._rest += data
-        if len(self._rest) > self._max_line:
-            raise broken_upstream(f"a line of more than {self._max_line} bytes")
+    def _lines(self) -> Iterator[tuple[bytes, Json]]:
+        while True:
+            end = self._rest.find(b"\n", self._searched)
+            self._searched = len(self._rest)
+            if (self._searched if end < 0 else end) > self._max_line:
+                raise broken_upstream(f"a line of more than {self._max_line} bytes")
+            if end < 0:
+                return
+            line = bytes(self._rest[:end]).strip()
+            del self._rest[:end + 1]
+            self._searched = 0
+            if line:
+                yield line, self._record(line)
 
     def _record(self, line: bytes) -> Json:
         try:
@@ -332,13 +338,16 @@ def expect(value: Any, types: str, param: str) -> Any:
     'high'
     """
     for name in types.split(" or "):  # to Python, but not to JSON, True is an int
-        if isinstance(value, JSON_TYPES[name]) and isinstance(value, bool) == (name == "boolean"):
+        if name == "any" or (isinstance(value, JSON_TYPES[name])
+                             and isinstance(value, bool) == (name == "boolean")):
             return value
     raise ProxyError(400, f"'{param}' must be of type {types}", param)
 
 
 def part(source: Json, name: str, types: str, where: str) -> Any:
     """A member that must be there, of one of the types."""
+    if source.get(name) is None:
+        raise ProxyError(400, f"'{where}.{name}' is missing", f"{where}.{name}")
     return expect(source.get(name), types, f"{where}.{name}")
 
 
@@ -357,9 +366,19 @@ def one_of(choices: Json) -> Convert:
     return convert
 
 
+def refused(why: str, *harmless: Any) -> Field:
+    """A row for what can't be honoured: a 400, unless the value is empty, false or harmless."""
+    def convert(value: Any, param: str) -> None:
+        if value and value not in harmless:
+            raise ProxyError(400, f"'{param}' is not supported: {why}", param)
+    return "any", "", convert
+
+
+HINT: Field = ("any", "", lambda value, param: None)  # without effect on a local model
+
 RESPONSE_FORMATS = {"text": None, "json_object": "json", "json_schema": "schema"}
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant",
-         "tool": "tool"}
+ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
+ROLES["developer"] = "system"
 EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
            "xhigh": "max", "max": "max"}  # Ollama has fewer steps
 
@@ -368,6 +387,28 @@ def to_strings(value: Any, param: str) -> list[str]:
     """A string or an array of strings, as an array."""
     items = value if isinstance(value, list) else [value]
     return [expect(item, "string", f"{param}[{i}]") for i, item in enumerate(items)]
+
+
+def to_prompt(value: Any, param: str) -> str:
+    """The prompt of /v1/completions: a string, or an array with just one."""
+    prompts = to_strings(value, param)
+    if len(prompts) != 1:
+        raise ProxyError(400, f"'{param}' must be one string, in a request of its own", param)
+    return prompts[0]
+
+
+def to_count(value: int, param: str) -> int:
+    """How many choices; OpenAI's own limit."""
+    if not 1 <= value <= 128:
+        raise ProxyError(400, f"'{param}' must be from 1 to 128", param)
+    return value
+
+
+def to_effort(value: Json, param: str) -> Any:
+    """reasoning.effort, the newer way to say reasoning_effort."""
+    effort = value.get("effort")
+    return None if effort is None else one_of(EFFORTS)(expect(effort, "string", f"{param}.effort"),
+                                                       f"{param}.effort")
 
 
 def to_format(value: Json, param: str) -> Any:
@@ -384,26 +425,60 @@ def to_usage_wish(value: Json, param: str) -> bool:
     return "include_usage" in value and bool(part(value, "include_usage", "boolean", param))
 
 
+def to_function_name(tool: Json, where: str) -> str:
+    """The name in {"type": "function", "function": {"name": ...}}; Ollama has no other tools."""
+    one_of({"function": True})(part(tool, "type", "string", where), f"{where}.type")
+    return str(part(part(tool, "function", "object", where), "name", "string", f"{where}.function"))
+
+
 def to_tools(tools: list[Any], param: str) -> list[Any]:
-    """Tools go up as they are, checked: the formats are the same, but Ollama has functions only."""
+    """Tools go up as they are, checked: the formats are the same."""
     for where, tool in each(tools, param):
-        one_of({"function": True})(part(tool, "type", "string", where), f"{where}.type")
-        part(part(tool, "function", "object", where), "name", "string", f"{where}.function")
+        to_function_name(tool, where)
+        expect(tool["function"].get("parameters") or {}, "object", f"{where}.function.parameters")
     return tools
 
 
-def to_text(content: Any, param: str) -> str:
-    """A message's content: a string, or parts that are joined into one message.
+def to_image(url: str, param: str) -> str:
+    """The base64 in a data: URL. Nothing is ever fetched: whose network would that be?"""
+    match = re.fullmatch(r"data:image/(?:png|jpe?g|webp|gif);base64,(.*)", url, re.DOTALL)
+    if not match:
+        raise ProxyError(400, f"'{param}' must be a data:image/...;base64 URL of a png, jpeg, webp "
+                         "or gif; nothing is fetched", param)
+    return to_base64(match[1], param)
+
+
+def to_base64(data: str, param: str) -> str:
+    """The same text, checked."""
+    try:
+        base64.b64decode(data, validate=True)
+    except ValueError:
+        raise ProxyError(400, f"'{param}' is not valid base64", param) from None
+    return data
+
+
+def to_content(content: Any, param: str) -> Json:
+    """A message's content: a string, or parts, whose texts and images become one message's.
 
     One message a part, as Ollama's own /v1 does it, would change what the model sees.
     """
-    if isinstance(content, str):
-        return content
-    texts = []
-    for where, item in each(content, param):
-        one_of({"text": True})(part(item, "type", "string", where), f"{where}.type")
-        texts.append(part(item, "text", "string", where))
-    return "".join(texts)
+    texts, images = [content] if isinstance(content, str) else [], []
+    for where, item in each([] if isinstance(content, str) else content, param):
+        kind = part(item, "type", "string", where)
+        if kind in ("text", "refusal"):
+            texts.append(part(item, kind, "string", where))
+        elif kind == "image_url":
+            url = part(item, kind, "object or string", where)
+            if isinstance(url, dict):
+                url = part(url, "url", "string", f"{where}.{kind}")
+            images.append(to_image(url, f"{where}.{kind}"))
+        elif kind == "input_audio":  # which Ollama takes among the images, for models that hear
+            audio = part(item, kind, "object", where)
+            images.append(to_base64(part(audio, "data", "string", f"{where}.{kind}"), where))
+        else:
+            raise ProxyError(400, f"'{where}.type' must be text, image_url or input_audio, not "
+                             f"{kind[:40]}", f"{where}.type")
+    return {"content": "".join(texts), **({"images": images} if images else {})}
 
 
 def to_native_calls(calls: list[Any], param: str) -> list[Json]:
@@ -413,60 +488,100 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
     """
     native: list[Json] = []
     for where, call in each(calls, param):
-        function = part(call, "function", "object", where)
-        arguments = part(function, "arguments", "string or object", f"{where}.function")
+        name = to_function_name({"type": "function", **call}, where)
+        arguments = call["function"].get("arguments") or {}
+        expect(arguments, "string or object", f"{where}.function.arguments")
         if isinstance(arguments, str):
             try:
                 arguments = parse_object(arguments)
             except ValueError:
                 arguments = {}
         native.append({"id": part(call, "id", "string", where), "function": {
-            "index": len(native), "name": part(function, "name", "string", f"{where}.function"),
-            "arguments": arguments}})
+            "index": len(native), "name": name, "arguments": arguments}})
     return native
 
 
 MESSAGE_FIELDS: dict[str, Field] = {
     # OpenAI's name     JSON type           Ollama's place  conversion
     "role":              ("string",          "role",         one_of(ROLES)),
-    "content":           ("string or array", "content",      to_text),
+    "content":           ("string or array", "*",            to_content),
     "reasoning":         ("string",          "thinking",     None),
     "reasoning_content": ("string",          "thinking",     None),
     "tool_calls":        ("array",           "tool_calls",   to_native_calls),
     "tool_call_id":      ("string",          "tool_call_id", None),
+    "name":              HINT,
+    "annotations":       HINT,
+    "function_call":     refused("use tool_calls"),
+    "audio":             refused("there is no earlier audio to refer to"),
+}
+
+# Ollama's options and their types: members of `options`, or fields of their own (extra_body).
+OPTIONS = {**dict.fromkeys((
+    "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread",
+    "repeat_last_n", "top_k", "seed"), "integer"), **dict.fromkeys((
+        "temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
+        "frequency_penalty"), "number"), "use_mmap": "boolean", "stop": "string or array"}
+
+COMMON_FIELDS: dict[str, Field] = {
+    # OpenAI's name           JSON type            Ollama's place          conversion
+    "model":                 ("string",            "model",                None),
+    "options":               ("object",            "options",              lambda v, p: {**v}),
+    **{name: (types, f"options.{name}", to_strings if name == "stop" else None)
+       for name, types in OPTIONS.items()},
+    "max_tokens":            ("integer",           "options.num_predict",  None),
+    "keep_alive":            ("string or number",  "keep_alive",           None),
+    "think":                 ("boolean or string", "think",                None),
+    "format":                ("string or object",  "format",               None),
+    "truncate":              ("boolean",           "truncate",             None),
+    "shift":                 ("boolean",           "shift",                None),
+    # What the answer shall be like; these stay here:
+    "stream":                ("boolean",           "reply.stream",         None),
+    "stream_options":        ("object",            "reply.include_usage",  to_usage_wish),
+    "n":                     ("integer",           "reply.n",              to_count),
+    "logit_bias":            refused("Ollama has no biases"),
+    "user":                  HINT,
 }
 
 CHAT_FIELDS: dict[str, Field] = {
-    # OpenAI's name           JSON type            Ollama's place               conversion
-    "model":                 ("string",            "model",                     None),
-    "messages":              ("array",             "messages",                  None),
-    "tools":                 ("array",             "tools",                     to_tools),
-    # Ollama's own, which the SDKs send through extra_body:
-    "options":               ("object",            "options",                   lambda v, p: {**v}),
-    "keep_alive":            ("string or number",  "keep_alive",                None),
-    "think":                 ("boolean or string", "think",                     None),
-    "truncate":              ("boolean",           "truncate",                  None),
-    # OpenAI's win over those, and the new name of the limit over the old one:
-    "max_tokens":            ("integer",           "options.num_predict",       None),
-    "max_completion_tokens": ("integer",           "options.num_predict",       None),
-    "temperature":           ("number",            "options.temperature",       None),
-    "top_p":                 ("number",            "options.top_p",             None),
-    "seed":                  ("integer",           "options.seed",              None),
-    "stop":                  ("string or array",   "options.stop",              to_strings),
-    "presence_penalty":      ("number",            "options.presence_penalty",  None),
-    "frequency_penalty":     ("number",            "options.frequency_penalty", None),
-    "reasoning_effort":      ("string",            "think",                     one_of(EFFORTS)),
-    "response_format":       ("object",            "format",                    to_format),
-    # What the answer shall be like; these stay here:
-    "stream":                ("boolean",           "reply.stream",              None),
-    "stream_options":        ("object",            "reply.include_usage",       to_usage_wish),
+    **COMMON_FIELDS,
+    "messages":              ("array",             "messages",             None),
+    "max_completion_tokens": ("integer",           "options.num_predict",  None),
+    "logprobs":              ("boolean",           "logprobs",             None),
+    "top_logprobs":          ("integer",           "top_logprobs",         None),
+    "reasoning":             ("object",            "reply.effort",         to_effort),
+    "reasoning_effort":      ("string",            "reply.effort",         one_of(EFFORTS)),
+    "response_format":       ("object",            "format",               to_format),
+    "tools":                 ("array",             "tools",                to_tools),
+    "tool_choice":           ("string or object",  "reply.tool_choice",    None),
+    "parallel_tool_calls":   ("boolean",           "reply.parallel",       None),
+    **dict.fromkeys((
+        "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "prediction", "verbosity", "service_tier"), HINT),
+    "store":                 refused("nothing is stored"),
+    "audio":                 refused("Ollama answers with text"),
+    "modalities":            refused("Ollama answers with text", ["text"]),
+    "moderation":            refused("there is no moderation"),
+    "web_search_options":    refused("nothing is searched"),
+    "functions":             refused("use tools"),
+    "function_call":         refused("use tool_choice"),
+}
+
+COMPLETION_FIELDS: dict[str, Field] = {
+    **COMMON_FIELDS,
+    "prompt":                ("string or array",   "prompt",               to_prompt),
+    "suffix":                ("string",            "suffix",               None),
+    "logprobs":              ("integer",           "*", lambda v, p: {"logprobs": True,
+                                                                      "top_logprobs": v}),
+    "echo":                  refused("the prompt is not repeated"),
+    "best_of":               refused("there is one try for each choice", 1),
 }
 
 
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A field that is null counts as not sent, as OpenAI has it.
+    A place is a name, `group.name`, or * for a conversion that gives several. A conversion that
+    gives None puts nothing. A field that is null counts as not sent, as OpenAI has it.
 
     >>> target = {"options": {}}
     >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
@@ -476,9 +591,12 @@ def map_fields(table: dict[str, Field], source: Json, target: Json, where: str =
         value = source.get(name)
         if value is not None:
             expect(value, types, where + name)
+            value = convert(value, where + name) if convert else value
             group, _, key = place.rpartition(".")
-            (target[group] if group else target)[key] = (
-                convert(value, where + name) if convert else value)
+            if place == "*":
+                target.update(value)
+            elif value is not None:
+                (target[group] if group else target)[key] = value
     return [where + name for name in source if name not in table and source[name] is not None]
 
 
@@ -497,29 +615,95 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     return native
 
 
-class ChatRequest(NamedTuple):
-    """A chat as it goes up, and what was asked of the answer."""
+def choose_tools(native: Json, choice: Any, reply: Json) -> None:
+    """tool_choice: which of the tools go up, or which function's call is forced."""
+    tools = native.pop("tools", [])
+    names, mode = [to_function_name(tool, "tools") for tool in tools], choice
+    if isinstance(choice, dict):
+        wanted, mode = [choice], "required"
+        if choice.get("type") == "allowed_tools":
+            allowed = part(choice, "allowed_tools", "object", "tool_choice")
+            wanted = part(allowed, "tools", "array", "tool_choice")
+            mode = part(allowed, "mode", "string", "tool_choice")
+        chosen = {to_function_name(tool, where) for where, tool in each(wanted, "tool_choice")}
+        for name in chosen.difference(names):
+            raise ProxyError(400, f"'tool_choice' names {name[:60]!r}, which is no name in 'tools'",
+                             "tool_choice")
+        tools = [tool for tool, name in zip(tools, names) if name in chosen]
+    if one_of({"none": 0, "auto": 0, "required": 1})(mode, "tool_choice"):
+        if not tools:
+            raise ProxyError(400, "'tool_choice' wants a call, but 'tools' has none", "tool_choice")
+        force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools}, reply)
+    elif tools and mode == "auto":
+        native["tools"] = tools
 
-    body: Json  # for POST /api/chat
-    reply: Json  # stream, include_usage: bool, if sent
+
+def force_call(native: Json, functions: Json, reply: Json) -> None:
+    """Make the model call one of the functions, which Ollama itself can't be asked for.
+
+    No tools go up (so it works with models that know none). Instead `format` lets the model write
+    nothing but the arguments, or {"name", "arguments"} where there are several functions, and a
+    last line tells it what to do. ChatStream makes the text a call again.
+    """
+    schemas, definitions = [], {}
+    for name, function in functions.items():
+        schema = function.get("parameters") or {"type": "object", "properties": {}}
+        if len(functions) > 1:  # "$ref" counts from the root of what is sent: move what it finds
+            text = to_json(schema).replace('"#/$defs/', f'"#/$defs/{name}.')
+            schema = PLAIN_JSON.decode(text)
+            for key, value in schema.pop("$defs", {}).items():
+                definitions[f"{name}.{key}"] = value
+            schema = {"type": "object", "required": ["name", "arguments"],
+                      "properties": {"name": {"const": name}, "arguments": schema}}
+        schemas.append(schema)
+    several = {"anyOf": schemas, **({"$defs": definitions} if definitions else {})}
+    native["format"] = schemas[0] if len(schemas) == 1 else several
+    native["messages"].append({"role": "system", "content": (
+        "Call this function: answer with its arguments, as JSON." if len(schemas) == 1 else
+        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.')
+        + "".join("\n" + to_json(function) for function in functions.values())})
+    reply["forced"] = next(iter(functions)) if len(functions) == 1 else ""
+
+
+class NativeRequest(NamedTuple):
+    """A request as it goes up, and what was asked of the answer."""
+
+    path: str
+    body: Json
+    reply: Json  # stream, include_usage, n, effort, parallel, forced: each if sent
     ignored: list[str]  # fields that nothing was done with
 
 
-def to_ollama_chat(body: Json, allow_truncation: bool = False) -> ChatRequest:
-    """OpenAI's chat request to Ollama's. Raises ProxyError 400 with the field's name.
+def to_native(table: dict[str, Field], path: str, body: Json, truncate: bool) -> NativeRequest:
+    """What both translated routes have in common. Raises ProxyError 400 with the field's name.
 
     Ollama is always asked to stream: a whole answer is put together from the pieces, so that
     both have one way to fail. By itself Ollama cuts a prompt that does not fit without a word;
-    truncate: false makes that an error. `shift` is never sent: one that differs from the loaded
-    model's makes Ollama load the model anew.
+    truncate: false makes that an error. `shift` is not sent by itself: one that differs from the
+    loaded model's makes Ollama load the model anew.
     """
-    for name in ("model", "messages"):
-        if body.get(name) in (None, ""):
+    for name in ("model", "messages" if "messages" in table else "prompt"):
+        if body.get(name) is None or body["model"] == "":
             raise ProxyError(400, f"'{name}' is missing", name)
-    native: Json = {"options": {}, "reply": {}, "stream": True, "truncate": allow_truncation}
-    ignored = map_fields(CHAT_FIELDS, body, native)
-    native["messages"] = to_native_messages(native["messages"], ignored)
-    return ChatRequest(native, native.pop("reply"), ignored)
+    native: Json = {"options": {}, "reply": {}, "stream": True, "truncate": truncate}
+    ignored = map_fields(table, body, native)
+    reply = native.pop("reply")
+    if "effort" in reply:
+        native["think"] = reply["effort"]
+    return NativeRequest(path, native, reply, ignored)
+
+
+def to_ollama_chat(body: Json, truncate: bool = False) -> NativeRequest:
+    """The body of POST /v1/chat/completions to that of POST /api/chat."""
+    request = to_native(CHAT_FIELDS, "/api/chat", body, truncate)
+    request.body["messages"] = to_native_messages(request.body["messages"], request.ignored)
+    choose_tools(request.body, request.reply.pop("tool_choice", "auto"), request.reply)
+    return request
+
+
+def to_ollama_generate(body: Json, truncate: bool = False) -> NativeRequest:
+    """The body of POST /v1/completions to that of POST /api/generate."""
+    return to_native(COMPLETION_FIELDS, "/api/generate", body, truncate)
 
 
 # ---- 6. Stream: Ollama's records to OpenAI's chunks --------------------------------------------
@@ -537,7 +721,9 @@ TRANSITIONS: dict[str, dict[str, str]] = {
 
 
 class ChatStream:
-    """Records of POST /api/chat in, chat.completion.chunk dicts out; one object a stream.
+    """Records of POST /api/chat in, chat.completion.chunk dicts out; one object a choice.
+
+    `reply` is what was asked of the answer (NativeRequest.reply).
 
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> for chunk in stream.feed({"message": {"content": "Hi"}, "done": False}):
@@ -549,14 +735,22 @@ class ChatStream:
     {'index': 0, 'delta': {}, 'finish_reason': 'stop'}
     """
 
-    def __init__(self, model: str, stream_id: str, created: int, usage: bool = False) -> None:
-        self.state = START
-        self._envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
-                          "model": model, "system_fingerprint": "fp_ollama"}
-        self._usage = usage  # end with a chunk that counts the tokens?
-        self._call_ids: list[str] = []  # of the tool calls sent so far
+    kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
 
-    def feed(self, record: Json) -> Iterator[Json]:
+    def __init__(self, model: str, stream_id: str, created: int, reply: Json | None = None,
+                 index: int = 0) -> None:
+        self.state = START
+        self.tokens = 0, 0  # of the prompt and of the answer, known once it is DONE
+        self.envelope = {"id": stream_id, "object": self.kind, "created": created, "model": model,
+                         "system_fingerprint": "fp_ollama"}
+        self._index = index
+        self._forced = (reply or {}).get("forced")  # a function's name, or "" if there are several
+        self._max_calls = 1 if (reply or {}).get("parallel") is False else 1 << 30
+        self._call_ids: list[str] = []  # of the tool calls sent so far
+        self._text: list[str] = []  # of a forced call, until it is whole
+
+    def feed(self, record: Json) -> list[Json]:
         """One record to its chunks. Raises ProxyError for an error record or a malformed one."""
         event = "error" if "error" in record else "done" if record.get("done") else "record"
         if event not in TRANSITIONS[self.state]:
@@ -565,59 +759,135 @@ class ChatStream:
         if event == "error":  # {"error": "the model runner has died"}
             raise upstream_error(record["error"])
         deltas = list(self._deltas(record))
-        ending = list(self._ending(record)) if event == "done" else []
+        reason = self._finish(record, deltas) if event == "done" else None
+        logprobs = self._logprobs(record) if record.get("logprobs") else None
         self.state = TRANSITIONS[before][event]
-        if before == START:
-            yield self._chunk({"role": "assistant", "content": ""})
-        for delta in deltas:
-            yield self._chunk(delta)
-        yield from ending
+        chunks = self._opening() if before == START else []
+        if logprobs:
+            deltas = deltas or [{"content": ""}]
+            chunks.append(self._chunk(deltas.pop(0), logprobs=logprobs))
+        chunks += [self._chunk(delta) for delta in deltas]
+        return chunks + ([self._chunk({}, reason)] if reason else [])
 
     def close(self) -> None:
         """The input has ended: was the answer whole? Raises ProxyError 502 if it was not."""
         if self.state != DONE:
             raise cut_upstream("it ended before the record that says done")
 
-    def _chunk(self, delta: Json, finish_reason: str | None = None) -> Json:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-        return {**self._envelope, "choices": [choice]}
+    def _opening(self) -> list[Json]:
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def _chunk(self, delta: Json, finish_reason: str | None = None,
+               logprobs: Json | None = None) -> Json:
+        choice: Json = {"index": self._index, "delta": delta, "finish_reason": finish_reason}
+        if logprobs:
+            choice["logprobs"] = logprobs
+        return {**self.envelope, "choices": [choice]}
 
     def _deltas(self, record: Json) -> Iterator[Json]:
         """The parts of a record, a delta each: many clients look at one part of a delta only."""
-        message = member(record, "message", dict, needed=not record.get("done"))
-        thinking = member(message, "thinking", str)
+        message = self._message(record)
+        thinking, content = member(message, "thinking", str), member(message, "content", str)
         if thinking:  # not OpenAI's: some clients read the one name, some the other
             yield {"reasoning": thinking, "reasoning_content": thinking}
-        if member(message, "content", str):
-            yield {"content": message["content"]}
+        if content and self._forced is not None:
+            self._text.append(content)
+        elif content:
+            yield {"content": content}
         for call in member(message, "tool_calls", list):
-            yield {"tool_calls": [self._tool_call(call)]}
+            function = member(call, "function", dict, needed=True)
+            if len(self._call_ids) < self._max_calls:
+                yield self._tool_call(member(function, "name", str, needed=True),
+                                      function.get("arguments") or {}, member(call, "id", str))
 
-    def _tool_call(self, call: Any) -> Json:
-        """Ollama's calls may lack an id, or all say index 0; so they are numbered here."""
-        function = member(call, "function", dict, needed=True)
-        index, call_id = len(self._call_ids), member(call, "id", str)
+    def _message(self, record: Json) -> Any:
+        return member(record, "message", dict, needed=not record.get("done"))
+
+    def _logprobs(self, record: Json) -> Json:
+        """OpenAI's form, in which top_logprobs is always there."""
+        return {"refusal": None, "content": [
+            {"bytes": None, **token, "top_logprobs": member(token, "top_logprobs", list)}
+            for token in member(record, "logprobs", list)]}
+
+    def _tool_call(self, name: str, arguments: Any, call_id: str = "") -> Json:
+        """A call, whole. Ollama's may lack an id, or all say index 0; so they are numbered here."""
+        index = len(self._call_ids)
         if not call_id or call_id in self._call_ids:
-            call_id = f"call_{self._envelope['id']}_{index}"
+            call_id = f"call_{self.envelope['id']}_{self._index}_{index}"
         self._call_ids.append(call_id)
-        arguments = function.get("arguments") or {}
-        return {"index": index, "id": call_id, "type": "function", "function": {
-            "name": member(function, "name", str, needed=True),
-            "arguments": arguments if isinstance(arguments, str) else to_json(arguments)}}
+        text = arguments if isinstance(arguments, str) else to_json(arguments)
+        return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
+                                "function": {"name": name, "arguments": text}}]}
 
-    def _ending(self, record: Json) -> Iterator[Json]:
-        """The finish_reason, exactly once; then the usage, if it is wanted."""
+    def _finish(self, record: Json, deltas: list[Json]) -> str:
+        """The finish_reason. Counts the tokens, and adds the delta of a forced call."""
+        # prompt_eval_count is left out when the whole prompt was cached.
+        self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
+        text = "".join(self._text)
+        whole = True
+        if text.strip():
+            delta, whole = self._forced_call(text)
+            deltas.append(delta)
         # Old Ollamas give no reason; load and unload answer a chat without messages.
-        reason = "length" if record.get("done_reason") == "length" else "stop"
-        if reason == "stop" and self._call_ids:
-            reason = "tool_calls"
-        yield self._chunk({}, reason)
-        if self._usage:  # prompt_eval_count is left out when the whole prompt was cached
-            prompt = member(record, "prompt_eval_count", int)
-            completion = member(record, "eval_count", int)
-            yield {**self._envelope, "choices": [], "usage": {
-                "prompt_tokens": prompt, "completion_tokens": completion,
-                "total_tokens": prompt + completion}}
+        if record.get("done_reason") == "length" or not whole:
+            return "length"
+        return "tool_calls" if self._call_ids else "stop"
+
+    def _forced_call(self, text: str) -> tuple[Json, bool]:
+        """The text that `format` made the model write, as a call, and whether that is whole.
+
+        One that was cut gives the arguments as far as they came; without a name it stays text.
+        """
+        try:
+            call = parse_object(text)
+            if self._forced:
+                call = {"name": self._forced, "arguments": call}
+            return self._tool_call(member(call, "name", str, needed=True),
+                                   member(call, "arguments", dict)), True
+        except ValueError:
+            start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
+            if self._forced:
+                return self._tool_call(self._forced, text), False
+            return (self._tool_call(start[1], text[start.end():]) if start
+                    else {"content": text}), False
+
+
+class TextStream(ChatStream):
+    """The same for POST /v1/completions: records of /api/generate to text_completion chunks."""
+
+    kind = "text_completion"
+    id_prefix = "cmpl-"
+
+    def _opening(self) -> list[Json]:
+        return []
+
+    def _chunk(self, delta: Json, finish_reason: str | None = None,
+               logprobs: Json | None = None) -> Json:
+        chunk = super()._chunk(delta, finish_reason, logprobs)
+        delta = chunk["choices"][0].pop("delta")
+        chunk["choices"][0].update(delta, text=delta.get("content", ""), logprobs=logprobs)
+        chunk["choices"][0].pop("content", None)
+        return chunk
+
+    def _message(self, record: Json) -> Any:
+        return {"content": member(record, "response", str, needed=not record.get("done")),
+                "thinking": record.get("thinking")}
+
+    def _logprobs(self, record: Json) -> Json:
+        """The old form: parallel arrays."""
+        tokens = member(record, "logprobs", list)
+        return {"tokens": [member(t, "token", str) for t in tokens],
+                "token_logprobs": [t.get("logprob") for t in tokens],
+                "top_logprobs": [{member(top, "token", str): top.get("logprob")
+                                  for top in member(t, "top_logprobs", list)} for t in tokens]}
+
+
+def usage_chunk(streams: list[ChatStream]) -> Json:
+    """The last chunk, if it is wanted: the tokens of all choices."""
+    prompt, completion = (sum(stream.tokens[i] for stream in streams) for i in (0, 1))
+    return {**streams[0].envelope, "choices": [], "usage": {
+        "prompt_tokens": prompt, "completion_tokens": completion,
+        "total_tokens": prompt + completion}}
 
 
 def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
@@ -633,28 +903,83 @@ def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
     return value
 
 
+def add_up(total: Json, part: Json) -> Json:
+    """Add a choice of a chunk to the choice of the whole answer: texts and arrays grow."""
+    for name, value in part.items():
+        if isinstance(value, dict):
+            total[name] = add_up(total.get(name) or {}, value)
+        elif isinstance(value, (str, list)) and total.get(name):
+            total[name] += value
+        elif value is not None or name not in total:
+            total[name] = value
+    return total
+
+
 def fold_chunks(chunks: Iterable[Json]) -> Json:
-    """A whole answer (chat.completion): the deltas of a stream, added up.
+    """A whole answer (chat.completion): the chunks of a stream, added up.
 
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> records = [{"message": {"content": "H"}}, {"message": {"content": "i"}, "done": True}]
-    >>> fold_chunks(c for r in records for c in stream.feed(r))["choices"][0]["message"]
-    {'role': 'assistant', 'content': 'Hi'}
+    >>> fold_chunks(c for r in records for c in stream.feed(r))["choices"]
+    [{'index': 0, 'message': {'role': 'assistant', 'content': 'Hi'}, 'finish_reason': 'stop'}]
     """
     answer: Json = {}
-    message: Json = {}
-    finish_reason = None
+    choices: dict[int, Json] = {}
     for chunk in chunks:
-        answer.update(chunk, object="chat.completion")
+        answer.update(chunk, object=chunk["object"].replace(".chunk", ""))
         for choice in chunk["choices"]:
-            for name, value in choice["delta"].items():
-                message[name] = message[name] + value if name in message else value
-            finish_reason = choice["finish_reason"]
-    for call in message.get("tool_calls", ()):
-        del call["index"]  # the order in the array says it
-        message["content"] = message["content"] or None
-    answer["choices"] = [{"index": 0, "message": message, "finish_reason": finish_reason}]
-    return answer
+            choice = {{"delta": "message"}.get(name, name): choice[name] for name in choice}
+            add_up(choices.setdefault(choice["index"], {}), choice)
+    for choice in choices.values():
+        for call in choice.get("message", {}).get("tool_calls", ()):
+            del call["index"]  # the order in the array says it
+            choice["message"]["content"] = choice["message"]["content"] or None
+    return {**answer, "choices": [choices[index] for index in sorted(choices)]}
+
+
+# The three together. A whole answer needs three ends: HTTP says that the body is complete (which
+# `pieces` checks, in section 8), no half line is left, and a record has said done.
+
+
+def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
+    """All lines of a body, each with its record."""
+    decoder = NdjsonDecoder()
+    for piece in pieces:
+        yield from decoder.feed(piece)
+    yield from decoder.close()
+
+
+def translate(pieces: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
+    """Bytes to records to chunks, until the record that says done; what follows it is not read."""
+    for _, record in read_records(pieces):
+        yield from stream.feed(record)
+        if stream.state == DONE:
+            return
+    stream.close()
+
+
+def chunk_frames(chunks: Iterable[Json]) -> Iterator[bytes]:
+    """Chunks to frames; [DONE] only if no error came before the end."""
+    yield from map(sse_event, chunks)
+    yield SSE_DONE
+
+
+def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
+    """The lesson's smallest form: each NDJSON line, unchanged, is one frame; then [DONE].
+
+    After a line that is an error the stream just ends. Raises ProxyError 502 if no line says done
+    where one must (/api/chat and /api/generate).
+    """
+    for line, record in read_records(pieces):
+        yield sse_event(line)
+        if "error" in record:
+            return
+        if needs_done and record.get("done"):
+            break
+    else:
+        if needs_done:
+            raise cut_upstream("it ended before the record that says done")
+    yield SSE_DONE
 
 
 # ---- 8. Upstream: the only section that touches http.client ------------------------------------
@@ -663,16 +988,17 @@ def fold_chunks(chunks: Iterable[Json]) -> Json:
 class Upstream:
     """An Ollama at a URL. Every failure to talk with it comes out as a ProxyError."""
 
-    def __init__(self, config: Config, api_key: str = "") -> None:
+    def __init__(self, config: Config, via: str, api_key: str = "") -> None:
         self.url, self.idle_timeout = config.upstream, config.idle_timeout
         # A server's 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is no place to go to.
         host = self.url.hostname or ""
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._headers = {"Connection": "close", "Content-Type": "application/json"}
+        self._headers = {"Connection": "close", "Via": f"1.1 {via}"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
-    def request(self, method: str, path: str, body: bytes | None = None) -> UpstreamAnswer:
+    def request(self, method: str, path: str, body: bytes | None = None,
+                headers: Json | None = None) -> UpstreamAnswer:
         """Send one request and wait for the status line: minutes, while a model loads.
 
         Each request has a connection of its own: closing it is how Ollama is told to stop.
@@ -681,7 +1007,8 @@ class Upstream:
         connection = self._connect()
         try:
             with self.reading():
-                connection.request(method, self.url.path + path, body, self._headers)
+                connection.request(method, self.url.path + path, body, {
+                    "Content-Type": "application/json", **(headers or {}), **self._headers})
                 return UpstreamAnswer(self, connection, connection.getresponse())
         except ProxyError:
             connection.close()
@@ -715,9 +1042,10 @@ class Upstream:
         except http.client.HTTPException as error:
             raise broken_upstream(f"{type(error).__name__} {error}") from error
 
-    def json(self, method: str, path: str) -> Json:
+    def json(self, method: str, path: str, body: Json | None = None) -> Json:
         """A short exchange: the JSON object that Ollama answers. Raises ProxyError."""
-        with contextlib.closing(self.request(method, path)) as answer:
+        data = None if body is None else to_bytes(body)
+        with contextlib.closing(self.request(method, path, data)) as answer:
             answer.raise_for_status()
             try:
                 return parse_object(answer.read(MAX_BODY_BYTES))
@@ -733,6 +1061,7 @@ class UpstreamAnswer:
         self._upstream, self._connection, self._response = upstream, connection, response
         self.status = response.status
         self.content_type = response.getheader("Content-Type") or "application/octet-stream"
+        self.length = response.length  # None: chunked, or as long as the connection lasts
 
     def close(self) -> None:
         """Hang up. If Ollama was still at work for this request, it stops."""
@@ -777,44 +1106,6 @@ class UpstreamAnswer:
 
 
 # ---- 10. Downstream: the HTTP server that clients talk to --------------------------------------
-
-
-def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
-    """All lines of a body, each with its record."""
-    decoder = NdjsonDecoder()
-    for piece in pieces:
-        yield from decoder.feed(piece)
-    yield from decoder.close()
-
-
-def translate(pieces: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
-    """Bytes to records to chunks, until the record that says done."""
-    for _, record in read_records(pieces):
-        yield from stream.feed(record)
-        if stream.state == DONE:
-            return
-    stream.close()
-
-
-def chunk_frames(chunks: Iterable[Json]) -> Iterator[bytes]:
-    """Chunks to frames; [DONE] only if no error came before the end."""
-    yield from map(sse_event, chunks)
-    yield SSE_DONE
-
-
-def raw_frames(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The lesson's smallest form: each NDJSON line, unchanged, is one frame; then [DONE].
-
-    After a line that is an error the stream just ends. Raises ProxyError 502 if none says done.
-    """
-    for line, record in read_records(pieces):
-        yield sse_event(line)
-        if "error" in record:
-            return
-        if record.get("done"):
-            yield SSE_DONE
-            return
-    raise cut_upstream("it ended before the record that says done")
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> Json:
@@ -896,9 +1187,18 @@ class ProxyHandler(JsonHandler):
 
     # --- verbs ---
 
-    def dispatch(self) -> None:
-        """Run the route's method. What goes wrong in it is said once, or ends the connection."""
+    def handle_one_request(self) -> None:
+        """The base class's, with nothing left over from the request before on this connection."""
         self.head_sent = self.chunked = self.sending_events = False
+        self.request_id = "req_" + os.urandom(12).hex()
+        super().handle_one_request()
+
+    def dispatch(self) -> None:
+        """Run the route's method. What goes wrong in it is said once, or ends the connection.
+
+        A client that hangs up makes the next write to it fail; on the way out of the route the
+        upstream's connection is closed, and Ollama stops.
+        """
         keep_alive, self.close_connection = not self.close_connection, True
         try:
             route = self.find_route()
@@ -916,46 +1216,117 @@ class ProxyHandler(JsonHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
     def find_route(self) -> Callable[[ProxyHandler], None]:
-        """The method for this request. Raises ProxyError 404 or 405, with a hint."""
-        path = self.path.partition("?")[0]
-        methods = ROUTES.get(path, {})
-        method = "GET" if self.command == "HEAD" else self.command
-        if method in methods:
-            return methods[method]
+        """The method for this request. Raises ProxyError 403, 404 or 405, with a hint."""
+        self.path = self.requestline.split()[1]  # the base class changes a // at its start
+        if not re.fullmatch("[!-~]+", self.path):
+            raise ProxyError(400, "the path must be ASCII, with anything else percent-encoded")
+        if self.server.via in self.headers.get("Via", ""):
+            raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
+                             "place with --upstream URL", code="upstream_loop")
+        path, _, query = self.path.partition("?")
+        path = urllib.parse.unquote(path)
+        self.target = path + ("?" + query if query else "")
+        known = path if path in ROUTES else next(
+            (key for key in ROUTES if key.endswith("/*") and re.match(key[:-1] + ".", path)), "")
+        self.rest = path[len(known) - 1:]  # what a * stands for
+        methods = ROUTES.get(known, {})
+        route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
+        if route:
+            return route
+        if self.command in methods:
+            raise ProxyError(403, f"{self.command} {known} changes what Ollama has; it is not let "
+                             "through", code="admin_route")
         if methods:
             allow = ", ".join(methods)
-            raise ProxyError(405, f"{path} takes {allow} only", headers=[("Allow", allow)])
-        hint = f"; base_url should be {self.server.url}/v1" if "/v1" + path in ROUTES else ""
+            raise ProxyError(405, f"{known} takes {allow} only", headers=[("Allow", allow)])
+        hint = "; leave out the slash at its end" if path.rstrip("/") in ROUTES else ""
+        if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
+            hint = f"; base_url should be {self.server.url}/v1"
         raise ProxyError(404, f"no route {self.command} {path[:200]}{hint}", code="no_route")
 
     # --- routes ---
 
+    def root(self) -> None:
+        """GET and HEAD /: the `ollama` program asks here whether anybody is there."""
+        text = f"ndjson_sse_proxy {__version__}: base_url is {self.server.url}/v1\n".encode()
+        self.start(200, "text/plain; charset=utf-8", len(text))
+        self.write(text)
+
     def chat(self) -> None:
-        """POST /v1/chat/completions: translated both ways, streamed or whole."""
+        """POST /v1/chat/completions."""
+        self.translated(to_ollama_chat, ChatStream)
+
+    def completions(self) -> None:
+        """POST /v1/completions."""
+        self.translated(to_ollama_generate, TextStream)
+
+    def translated(self, to_request: Callable[[Json, bool], NativeRequest],
+                   kind: type[ChatStream]) -> None:
+        """A request translated up, its answer translated down, streamed or whole."""
+        if self.headers.get("Content-Encoding", "identity") != "identity":
+            raise ProxyError(415, "a body with a Content-Encoding is not read; send it plain")
         try:
             body = parse_object(self.body, CLIENT_JSON)
         except ValueError as error:
             raise ProxyError(400, f"the body must be a JSON object: {error}") from None
-        request = to_ollama_chat(body, self.server.config.allow_truncation)
-        streamed = request.reply.get("stream", False)
-        stream = ChatStream(body["model"], "chatcmpl-" + os.urandom(10).hex(), int(time.time()),
-                            usage=request.reply.get("include_usage", not streamed))
-        headers = ignored_header(request.ignored)
-        with self.ask("/api/chat", to_bytes(request.body)) as answer:
-            answer.raise_for_status()
-            chunks = translate(answer.pieces(), stream)
-            if streamed:
-                self.send_events(chunk_frames(chunks), headers)
+        request = to_request(body, self.server.config.allow_truncation)
+        with contextlib.closing(self.chunks(request, kind)) as chunks:
+            if request.reply.get("stream"):
+                self.send_events(chunk_frames(chunks), request.ignored)
             else:
-                self.send_json(200, fold_chunks(chunks), headers)
+                answer = fold_chunks(chunks)
+                self.send_json(200, answer, ignored_header(request.ignored))
+
+    def chunks(self, request: NativeRequest, kind: type[ChatStream]) -> Generator[Json, None, None]:
+        """All chunks of an answer: one native request for each choice, one after another."""
+        streams: list[ChatStream] = []
+        stream_id, created = kind.id_prefix + os.urandom(9).hex(), int(time.time())
+        for index in range(request.reply.get("n", 1)):
+            streams.append(kind(request.body["model"], stream_id, created, request.reply, index))
+            with contextlib.closing(self.ask(request, index)) as answer:
+                yield from translate(answer.pieces(), streams[-1])
+        if request.reply.get("include_usage") or not request.reply.get("stream"):
+            yield usage_chunk(streams)
+
+    def ask(self, request: NativeRequest, index: int) -> UpstreamAnswer:
+        """Ollama's answer for one choice. Raises ProxyError if it refuses."""
+        body = request.body
+        if index and "seed" in body["options"]:  # the same seed would give the same answer again
+            body = {**body, "options": {**body["options"], "seed": body["options"]["seed"] + index}}
+        answer = self.server.upstream.request("POST", request.path, to_bytes(body))
+        try:
+            answer.raise_for_status()
+            return answer
+        except ProxyError as error:
+            answer.close()
+            # Agents send reasoning_effort to every model; one that can't think shall answer, too.
+            if "does not support thinking" not in error.message or "effort" not in request.reply:
+                raise
+        del request.reply["effort"], request.body["think"]
+        request.ignored.append("reasoning_effort")
+        return self.ask(request, index)
+
+    def embeddings(self) -> None:
+        """POST /v1/embeddings: passed through, but for arrays of tokens, which Ollama refuses."""
+        with contextlib.suppress(ValueError):
+            texts = parse_object(self.body).get("input")
+            if isinstance(texts, list) and any(not isinstance(text, str) for text in texts):
+                raise ProxyError(400, "'input' must be text; Ollama takes no tokens (with LangChain"
+                                 ": OpenAIEmbeddings(check_embedding_ctx_length=False))", "input")
+        self.passthrough()
 
     def passthrough(self) -> None:
-        """POST /api/...: Ollama's own format, byte for byte, or on request each line as a frame."""
-        with self.ask(self.path, self.body) as answer:
-            if answer.status == 200 and "text/event-stream" in self.headers.get("Accept", ""):
-                self.send_events(raw_frames(answer.pieces()))
+        """Ollama's own formats, byte for byte, or on request each line of NDJSON as a frame."""
+        headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
+        body = self.body if self.command == "POST" else None
+        with contextlib.closing(self.server.upstream.request(
+                self.command, self.target, body, headers)) as answer:
+            framed = "text/event-stream" in self.headers.get("Accept", "")
+            if framed and answer.status == 200 and self.target.startswith("/api/"):
+                needs_done = self.target.startswith(("/api/chat", "/api/generate"))
+                self.send_events(raw_frames(answer.pieces(), needs_done))
             else:
-                self.start(answer.status, answer.content_type)
+                self.start(answer.status, answer.content_type, answer.length)
                 for piece in answer.pieces():
                     self.write(piece)
                 self.finish_body()
@@ -966,13 +1337,17 @@ class ProxyHandler(JsonHandler):
         models = [to_openai_model(tag) for tag in member(tags, "models", list)]
         self.send_json(200, {"object": "list", "data": models})
 
+    def model(self) -> None:
+        """GET /v1/models/{id}: one of them, from /api/show. The id may contain slashes."""
+        show = self.server.upstream.json("POST", "/api/show", {"model": self.rest})
+        lengths = [value for name, value in member(show, "model_info", dict).items()
+                   if name.endswith(".context_length")]
+        self.send_json(200, to_openai_model({
+            **show, "name": self.rest, **({"context_length": lengths[0]} if lengths else {})}))
+
     # --- helpers ---
 
-    def ask(self, path: str, body: bytes) -> contextlib.closing[UpstreamAnswer]:
-        """The upstream's answer; leaving the `with` block, for whatever reason, hangs up."""
-        return contextlib.closing(self.server.upstream.request("POST", path, body))
-
-    def send_events(self, frames: Iterable[bytes], headers: Iterable[tuple[str, str]] = ()) -> None:
+    def send_events(self, frames: Iterable[bytes], ignored: Iterable[str] = ()) -> None:
         """Frames as they come. The status waits for the first one, so that a failure before it
         still has a status of its own."""
         for frame in frames:
@@ -981,7 +1356,7 @@ class ProxyHandler(JsonHandler):
                 self.start(200, "text/event-stream; charset=utf-8", headers=[
                     ("Cache-Control", "no-cache"),
                     ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
-                    *headers])
+                    *ignored_header(ignored)])
             self.write(frame)
         self.finish_body()
 
@@ -1015,13 +1390,13 @@ class ProxyHandler(JsonHandler):
 
     def end_headers(self) -> None:
         """Every answer has an id to find it by."""
-        self.send_header("X-Request-Id", "req_" + os.urandom(12).hex())
+        self.send_header("X-Request-Id", self.request_id)
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a request line that is none, ...), in OpenAI's form."""
         self.close_connection = True
-        self.fail(ProxyError(code, message or http.client.responses.get(code, "")))
+        self.fail(ProxyError(code, message or self.responses[code][0]))
 
     def log_message(self, format: str, *args: Any) -> None:
         """A line on stderr, with control characters escaped: a terminal would obey them."""
@@ -1029,17 +1404,36 @@ class ProxyHandler(JsonHandler):
         say(f"{time.strftime('%H:%M:%S')} {self.address_string()} {text}")
 
 
-ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None]]] = {
+PASSED_HEADERS = (
+    "Content-Type", "Content-Encoding", "Accept", "anthropic-version", "anthropic-beta")
+
+# Path, method, what serves it; None: it would change what Ollama has. Whatever is not here is a
+# 404 and never forwarded.
+ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
+    "/": {"GET": ProxyHandler.root},
     "/v1/chat/completions": {"POST": ProxyHandler.chat},
+    "/v1/completions": {"POST": ProxyHandler.completions},
     "/v1/models": {"GET": ProxyHandler.models},
-    "/api/chat": {"POST": ProxyHandler.passthrough},
-    "/api/generate": {"POST": ProxyHandler.passthrough},
+    "/v1/models/*": {"GET": ProxyHandler.model},
+    "/v1/embeddings": {"POST": ProxyHandler.embeddings},
+    **{path: {"POST": ProxyHandler.passthrough} for path in (
+        "/v1/responses", "/v1/messages", "/v1/audio/transcriptions", "/api/chat", "/api/generate",
+        "/api/embed", "/api/embeddings", "/api/show")},
+    **{path: {"GET": ProxyHandler.passthrough} for path in (
+        "/api/tags", "/api/ps", "/api/version", "/api/status")},
+    **{path: {"POST": None} for path in (
+        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/me", "/api/signout",
+        "/api/experimental/*")},
+    "/api/delete": {"DELETE": None},
+    "/api/blobs/*": {"POST": None, "HEAD": None},
 }
 
 
-def ignored_header(names: list[str]) -> list[tuple[str, str]]:
+def ignored_header(ignored: Iterable[str]) -> list[tuple[str, str]]:
     """X-Ignored-Fields: the client's own words, made safe for a header."""
-    shown = [urllib.parse.quote(name[:60], safe="[]") for name in names[:MAX_IGNORED_NAMES]]
+    names = list(ignored)
+    shown = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
+             for name in names[:MAX_IGNORED_NAMES]]
     if len(names) > len(shown):
         shown.append(f"and {len(names) - len(shown)} more")
     return [("X-Ignored-Fields", ", ".join(shown))] if shown else []
@@ -1086,7 +1480,8 @@ class ProxyServer(Server):
 
     def __init__(self, config: Config, upstream_key: str = "") -> None:
         self.config = config
-        self.upstream = Upstream(config, upstream_key)
+        self.via = "ndjson_sse_proxy-" + os.urandom(6).hex()  # to know our own requests by
+        self.upstream = Upstream(config, self.via, upstream_key)
         super().__init__(str(config.listen.hostname), config.listen.port or 0, ProxyHandler)
 
 
@@ -1100,6 +1495,29 @@ def words(text: str, key: str = "content") -> list[Json]:
     [{'content': 'Hello'}, {'content': ' there'}]
     """
     return [{key: word} for word in re.findall(r"\s*\S+", text)]
+
+
+def sample(schema: Json, root: Json) -> Any:
+    """A value that fits a JSON schema, as a model under `format` would write one.
+
+    >>> sample({"type": "object", "properties": {"n": {"enum": [3]}, "s": {"type": "string"}}}, {})
+    {'n': 3, 's': 'text'}
+    """
+    if "$ref" in schema:
+        found: Any = root
+        for step in schema["$ref"].split("/")[1:]:
+            found = found[step]
+        return sample(found, root)
+    for name in ("anyOf", "oneOf", "allOf"):
+        if name in schema:
+            return sample(schema[name][0], root)
+    if "const" in schema or "enum" in schema:
+        return schema.get("const", schema.get("enum", [None])[0])
+    values: Json = {
+        "string": "text", "integer": 1, "number": 1.5, "boolean": True, "null": None,
+        "array": [sample(schema["items"], root)] if "items" in schema else []}
+    return values.get(str(schema.get("type")), {
+        name: sample(value, root) for name, value in schema.get("properties", {}).items()})
 
 
 # A model's name, what it shows, and the messages (or the error) that it streams.
@@ -1130,16 +1548,29 @@ class DemoHandler(JsonHandler):
         self.send_json(200 if known else 404, answers.get(self.path, {"error": "not in the demo"}))
 
     def do_POST(self) -> None:
-        """/api/chat and /api/generate."""
-        body = parse_object(self.read_body())
-        name, messages = body.get("model"), body.get("messages") or [{}]
+        """/api/chat, /api/generate and /api/show."""
+        try:
+            body = parse_object(self.read_body())
+        except ValueError as error:
+            return self.send_json(400, {"error": str(error)})
+        name, messages = str(body.get("model")), body.get("messages") or [{}]
         if name not in DEMO_MODELS:
             return self.send_json(404, {"error": f"model '{name}' not found"})
+        if self.path == "/api/show":
+            return self.send_json(200, {"modified_at": "2026-01-01T00:00:00Z", "details": {}})
         script = DEMO_MODELS[name][1]
-        if name == "demo-tool" and messages[-1].get("role") == "tool":
+        schema = body.get("format")
+        if schema and name != "demo-error":
+            script = words(to_json(sample({} if schema == "json" else schema, schema)))
+        elif name == "demo-tool" and messages[-1].get("role") == "tool":
             script = words(f"The tool said: {messages[-1]['content']}")
-        limit = (body.get("options") or {}).get("num_predict", -1)
-        said = script[:limit] if limit > 0 else script
+        elif name == "demo-tool" and body.get("tools"):
+            function = body["tools"][0]["function"]
+            arguments = sample(function.get("parameters") or {}, function.get("parameters") or {})
+            script = [{"tool_calls": [{"function": {
+                "index": 0, "name": function["name"], "arguments": arguments}}]}]
+        limit = (body.get("options") or {}).get("num_predict")
+        said = script[:limit] if isinstance(limit, int) and limit > 0 else script
         self.start(200, "application/x-ndjson")
         for message in said:
             self.say(name, message)
@@ -1186,6 +1617,8 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
     if not match or int(match[3] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
+    if path.rstrip("/").endswith("/v1"):
+        raise argparse.ArgumentTypeError(f"{text!r} should be without /v1: the native API is used")
     if scheme:
         port = 443 if scheme.lower() == "https" else 80
     return urllib.parse.urlsplit(
@@ -1196,7 +1629,7 @@ def parse_listen(text: str) -> urllib.parse.SplitResult:
     """HOST:PORT to listen on."""
     if "/" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return parse_url(text, 11435)
+    return parse_url(":" + text if text.isdigit() else text, 11435)
 
 
 def parse_seconds(text: str) -> float:
@@ -1208,9 +1641,9 @@ def parse_seconds(text: str) -> float:
 
 def parse_switch(text: str) -> bool:
     """What a switch is set to in the environment."""
-    if text not in ("0", "1"):
+    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
-    return text == "1"
+    return text.lower() in ("1", "true", "yes", "on")
 
 
 # Each field of Config: its reader, what its value is called, what it is for. This makes the flag
@@ -1228,7 +1661,7 @@ class CommandLine(argparse.ArgumentParser):
     """argparse, but a mistake is one line and not the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ndjson_sse_proxy: {message} (see --help)\n")
+        self.exit(2, f"ndjson_sse_proxy: {message} (flags and their environment twins: --help)\n")
 
 
 def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
@@ -1249,7 +1682,7 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         if reader is parse_switch:
             more = {"nargs": "?", "const": True, "metavar": "1"}
         else:
-            text += f" (default: {default if metavar == 'SECONDS' else default.geturl()})"
+            text += f" (default: {getattr(default, 'netloc', default)})"
         parser.add_argument("--" + name.replace("_", "-"), type=reader, default=twin or default,
                             help=text, **more)
     return Config(**vars(parser.parse_args(argv)))
@@ -1274,12 +1707,14 @@ def main(argv: list[str] | None = None) -> int:
     config = read_config(argv, os.environ)
     if config.demo:
         config = config._replace(upstream=parse_url(DemoOllama().url))
+    where = config.listen.netloc
+    if config.upstream.netloc == where:
+        say(f"ndjson_sse_proxy: it would ask itself on {where}; name Ollama's place: --upstream URL")
+        return 2
     try:
-        if config.upstream.netloc == config.listen.netloc:
-            raise OSError("the upstream is the same address; say where Ollama is with --upstream")
         server = ProxyServer(config, os.environ.get("OLLAMA_API_KEY", ""))
     except (OSError, UnicodeError) as error:
-        say(f"ndjson_sse_proxy: can't listen on {config.listen.netloc}: {error}")
+        say(f"ndjson_sse_proxy: can't listen on {where}: {error}; another place: --listen HOST:PORT")
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")

@@ -58,6 +58,42 @@ def chunk(data):
 
 
 RECORDED = {
+    "logprobs": stream("Sun, 22 Nov 2026 22:19:43 GMT", r'''
+{"model":"hello","created_at":"2026-11-22T22:19:43.080460383Z","message":{"role":"assistant","content":"Hello"},"done":false,"logprobs":[{"token":"Hello","logprob":0,"bytes":[72,101,108,108,111],"top_logprobs":[{"token":"Hello","logprob":0,"bytes":[72,101,108,108,111]},{"token":"!","logprob":-67.875,"bytes":[33]}]}]}
+{"model":"hello","created_at":"2026-11-22T22:19:43.082748508Z","message":{"role":"assistant","content":" from"},"done":false,"logprobs":[{"token":" from","logprob":0,"bytes":[32,102,114,111,109],"top_logprobs":[{"token":" from","logprob":0,"bytes":[32,102,114,111,109]},{"token":"!","logprob":-67.875,"bytes":[33]}]}]}
+{"model":"hello","created_at":"2026-11-22T22:19:43.087361672Z","message":{"role":"assistant","content":" a"},"done":false,"logprobs":[{"token":" a","logprob":0,"bytes":[32,97],"top_logprobs":[{"token":" a","logprob":0,"bytes":[32,97]},{"token":"!","logprob":-67.875,"bytes":[33]}]}]}
+{"model":"hello","created_at":"2026-11-22T22:19:43.088444067Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"length","total_duration":18411285,"load_duration":1067594,"prompt_eval_count":9,"prompt_eval_duration":3899000,"eval_count":3,"eval_duration":9193000}
+'''),
+    "format_schema": stream("Sun, 22 Nov 2026 22:21:56 GMT", r'''
+{"model":"hello","created_at":"2026-11-22T22:21:56.772399415Z","message":{"role":"assistant","content":"{\""},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.808573907Z","message":{"role":"assistant","content":"o"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.892004737Z","message":{"role":"assistant","content":"k"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.911128204Z","message":{"role":"assistant","content":"\":\n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.944331062Z","message":{"role":"assistant","content":"\n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.968960625Z","message":{"role":"assistant","content":" f"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:56.987989532Z","message":{"role":"assistant","content":"alse"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.006630278Z","message":{"role":"assistant","content":",\n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.028836286Z","message":{"role":"assistant","content":"                    "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.048022767Z","message":{"role":"assistant","content":"\""},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.067006265Z","message":{"role":"assistant","content":"n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.085484229Z","message":{"role":"assistant","content":"\":\n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.11243029Z","message":{"role":"assistant","content":"          "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.130767283Z","message":{"role":"assistant","content":"\t\t\t\t\t\t\t"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.15007115Z","message":{"role":"assistant","content":" \t"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.171083796Z","message":{"role":"assistant","content":" "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.190349105Z","message":{"role":"assistant","content":"\""},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.210077114Z","message":{"role":"assistant","content":"b"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.232597621Z","message":{"role":"assistant","content":"lu"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.247793116Z","message":{"role":"assistant","content":"e"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.266306403Z","message":{"role":"assistant","content":"\"\n\n"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.287478467Z","message":{"role":"assistant","content":"\t\t "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.310695203Z","message":{"role":"assistant","content":" \t"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.332429566Z","message":{"role":"assistant","content":"         "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.354475174Z","message":{"role":"assistant","content":"\t\t\t  "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.375444455Z","message":{"role":"assistant","content":" "},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.389470136Z","message":{"role":"assistant","content":"}"},"done":false}
+{"model":"hello","created_at":"2026-11-22T22:21:57.403279222Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","total_duration":766590203,"load_duration":2319922,"prompt_eval_count":9,"prompt_eval_duration":127036000,"eval_count":28,"eval_duration":634571000}
+'''),
     "hello": stream("Sun, 22 Nov 2026 22:21:53 GMT", r'''
 {"model":"hello","created_at":"2026-11-22T22:21:53.400636945Z","message":{"role":"assistant","content":"Hello"},"done":false}
 {"model":"hello","created_at":"2026-11-22T22:21:53.401268468Z","message":{"role":"assistant","content":" from"},"done":false}
@@ -194,6 +230,7 @@ RECORDED = {
 {"model":"loop","created_at":"2026-11-22T22:21:16.745772574Z","response":"ee","done":false}
 {"error":"an error was encountered while running the model: unexpected EOF"}
 '''),
+    "format_anyof": whole("200 OK", "application/json; charset=utf-8", "Sun, 22 Nov 2026 22:21:58 GMT", r'''{"model":"hello","created_at":"2026-11-22T22:21:57.999908199Z","message":{"role":"assistant","content":"{\n\n    \"name\":\"a\",\n               \t  \t \"arguments\":{\n\t\t\t    \t\t\t\t\t\t\t\t\t\t\t\t\t\"x\":false\n\n\t\t\t\t\t\t\t\t \t\t\t\t   \t\t\t }\n\n\t\t   \t\t\t\t\t\t\t\t\t\t\t }"},"done":true,"done_reason":"stop","total_duration":595569145,"load_duration":978280,"prompt_eval_count":9,"prompt_eval_duration":13916000,"eval_count":40,"eval_duration":575855000}''', chunked=False),
     "hello_whole": whole("200 OK", "application/json; charset=utf-8", "Sun, 22 Nov 2026 22:21:53 GMT", r'''{"model":"hello","created_at":"2026-11-22T22:21:53.596884368Z","message":{"role":"assistant","content":"Hello from a tiny model: 你好 🙂 naïve.\nSecond line, with \"quotes\"."},"done":true,"done_reason":"stop","total_duration":98387329,"load_duration":1001154,"prompt_eval_count":9,"prompt_eval_duration":3912000,"eval_count":27,"eval_duration":90075000}''', chunked=False),
     "load": whole("200 OK", "application/json; charset=utf-8", "Sun, 22 Nov 2026 22:19:43 GMT", r'''{"model":"hello","created_at":"2026-11-22T22:19:43.105264087Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"load"}''', chunked=False),
     "unload": whole("200 OK", "application/json; charset=utf-8", "Sun, 22 Nov 2026 22:21:58 GMT", r'''{"model":"hello","created_at":"2026-11-22T22:21:58.134281549Z","message":{"role":"assistant","content":""},"done":true,"done_reason":"unload"}''', chunked=False),
@@ -237,8 +274,9 @@ class FakeOllama:
     At the end it sends FIN and waits until the proxy has hung up, which sets `hung_up`.
     """
 
-    def __init__(self, *steps, size=None):
+    def __init__(self, *steps, size=None, answers=()):
         self.steps, self.size = steps, size  # size: send pieces of so many bytes
+        self.answers = list(answers)  # steps for the first connections, in their order
         self.requests = queue.Queue()  # (request line, headers, body)
         self.hung_up = threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -264,7 +302,7 @@ class FakeOllama:
             line = reader.readline().decode().rstrip()
             headers = http.client.parse_headers(reader)
             self.requests.put((line, headers, reader.read(int(headers.get("Content-Length", 0)))))
-            for step in self.steps:
+            for step in self.answers.pop(0) if self.answers else self.steps:
                 if step is RESET:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     reader.close()
@@ -285,8 +323,8 @@ class FakeOllama:
 @pytest.fixture
 def start(request):
     """start(*steps) -> (proxy, fake upstream); settings by name go to Config."""
-    def start(*steps, size=None, upstream=None, **settings):
-        fake = None if upstream else FakeOllama(*steps, size=size)
+    def start(*steps, size=None, answers=(), upstream=None, **settings):
+        fake = None if upstream else FakeOllama(*steps, size=size, answers=answers)
         config = Config(listen=parse_url("127.0.0.1:0"),
                         upstream=parse_url(upstream or fake.url), **settings)
         server = ProxyServer(config)
@@ -448,35 +486,150 @@ def native(**fields):
     return to_ollama_chat({"model": "m", "messages": [], **fields}).body
 
 
-@pytest.mark.parametrize("sent, place, value", [
-    ({"max_tokens": 5}, "num_predict", 5),
-    ({"max_completion_tokens": 6}, "num_predict", 6),
-    ({"max_completion_tokens": 6, "max_tokens": 5}, "num_predict", 6),
-    ({"max_tokens": 5, "options": {"num_predict": 9}}, "num_predict", 5),
-    ({"temperature": 0}, "temperature", 0), ({"top_p": 0.5}, "top_p", 0.5), ({"seed": 7}, "seed", 7),
-    ({"stop": "x"}, "stop", ["x"]), ({"stop": ["x", "y"]}, "stop", ["x", "y"]),
-    ({"presence_penalty": -1}, "presence_penalty", -1),
-    ({"frequency_penalty": 1.5}, "frequency_penalty", 1.5),
-    ({"options": {"num_ctx": 2048}}, "num_ctx", 2048),
-])
-def test_field_becomes_an_option(sent, place, value):
-    assert native(**sent)["options"] == {place: value}
+def function(name="f", **parameters):
+    return {"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": parameters}}}
 
 
-@pytest.mark.parametrize("sent, place, value", [
-    ({"reasoning_effort": "none"}, "think", False), ({"reasoning_effort": "minimal"}, "think", "low"),
-    ({"reasoning_effort": "xhigh"}, "think", "max"), ({"think": True}, "think", True),
-    ({"think": True, "reasoning_effort": "low"}, "think", "low"),
-    ({"keep_alive": "5m"}, "keep_alive", "5m"), ({"keep_alive": -1}, "keep_alive", -1),
-    ({"truncate": True}, "truncate", True),
-    ({"response_format": {"type": "json_object"}}, "format", "json"),
-    ({"response_format": {"type": "json_schema", "json_schema": {
-        "name": "n", "schema": {"type": "object"}}}}, "format", {"type": "object"}),
-    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools",
-     [{"type": "function", "function": {"name": "f"}}]),
-])
-def test_field_becomes_a_native_field(sent, place, value):
-    assert native(**sent)[place] == value
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+ABSENT, NAMED_400, HINT = "absent", "a 400 that names the field", "no effect and no complaint"
+SCHEMA = {"type": "object", "$defs": {"x": {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/x"}}}
+# field, what is sent, where it shows in the native request, and as what
+CHAT_CASES = [
+    ("model", {"model": "other"}, "body.model", "other"),
+    ("messages", {"messages": [{"role": "user", "content": "x"}]}, "body.messages",
+     [{"role": "user", "content": "x"}]),
+    ("stream", {"stream": True}, "reply.stream", True),
+    ("stream_options", {"stream_options": {"include_usage": True}}, "reply.include_usage", True),
+    ("max_tokens", {"max_tokens": 5}, "body.options.num_predict", 5),
+    ("max_tokens", {"max_tokens": 5, "options": {"num_predict": 9}}, "body.options.num_predict", 5),
+    ("max_completion_tokens", {"max_completion_tokens": 6, "max_tokens": 5},
+     "body.options.num_predict", 6),
+    ("temperature", {"temperature": 0, "options": {"temperature": 1}}, "body.options.temperature", 0),
+    ("stop", {"stop": "x"}, "body.options.stop", ["x"]),
+    ("stop", {"stop": ["x", "y"]}, "body.options.stop", ["x", "y"]),
+    *[(name, {name: value}, f"body.options.{name}", value) for name, value in [
+        ("top_p", 0.5), ("seed", 7), ("presence_penalty", -1), ("frequency_penalty", 1.5),
+        ("num_ctx", 4096), ("num_predict", 3), ("num_keep", 4), ("num_batch", 8), ("num_gpu", 0),
+        ("main_gpu", 1), ("num_thread", 2), ("repeat_last_n", 64), ("top_k", 40), ("min_p", 0.1),
+        ("typical_p", 0.9), ("repeat_penalty", 1.1), ("use_mmap", False)]],
+    ("options", {"options": {"num_ctx": 2048, "future": 1}}, "body.options",
+     {"num_ctx": 2048, "future": 1}),
+    ("num_ctx", {"num_ctx": 1, "options": {"num_ctx": 2}}, "body.options.num_ctx", 1),
+    ("keep_alive", {"keep_alive": "5m"}, "body.keep_alive", "5m"),
+    ("think", {"think": "high"}, "body.think", "high"),
+    ("format", {"format": "json"}, "body.format", "json"),
+    ("truncate", {"truncate": True}, "body.truncate", True),
+    ("shift", {"shift": False}, "body.shift", False),
+    ("n", {"n": 3}, "reply.n", 3),
+    ("logprobs", {"logprobs": True}, "body.logprobs", True),
+    ("top_logprobs", {"top_logprobs": 2}, "body.top_logprobs", 2),
+    *[("reasoning_effort", {"reasoning_effort": effort, "think": True}, "body.think", think)
+      for effort, think in [("none", False), ("minimal", "low"), ("low", "low"),
+                            ("medium", "medium"), ("high", "high"), ("xhigh", "max"), ("max", "max")]],
+    ("reasoning", {"reasoning": {"effort": "high"}}, "body.think", "high"),
+    ("reasoning", {"reasoning": {"summary": "auto"}}, "body.think", ABSENT),
+    ("response_format", {"response_format": {"type": "text"}}, "body.format", ABSENT),
+    ("response_format", {"response_format": {"type": "json_object"}}, "body.format", "json"),
+    ("response_format", {"response_format": {"type": "json_schema", "json_schema": {
+        "name": "n", "strict": True, "schema": SCHEMA}}}, "body.format", SCHEMA),
+    ("tools", {"tools": [function()]}, "body.tools", [function()]),
+    ("tool_choice", {"tools": [function()], "tool_choice": "none"}, "body.tools", ABSENT),
+    ("tool_choice", {"tools": [function()], "tool_choice": "auto"}, "body.tools", [function()]),
+    ("tool_choice", {"tools": [function()], "tool_choice": "required"}, "body.format",
+     function()["function"]["parameters"]),
+    ("tool_choice", {"tools": [function("f"), function("g", a={})], "tool_choice": named("g")},
+     "body.format", function(a={})["function"]["parameters"]),
+    ("tool_choice", {"tools": [function("f"), function("g")], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}}},
+     "body.tools", [function("g")]),
+    ("tool_choice", {"tools": [function("f"), function("g")], "tool_choice": {
+        "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named("g")]}}},
+     "reply.forced", "g"),
+    ("tool_choice", {"tools": [function("f")], "tool_choice": named("g")}, NAMED_400, None),
+    ("tool_choice", {"tool_choice": "required"}, NAMED_400, None),
+    ("tool_choice", {"tools": [function("f")], "tool_choice": "always"}, NAMED_400, None),
+    ("parallel_tool_calls", {"parallel_tool_calls": False}, "reply.parallel", False),
+    *[(name, {name: value}, HINT, None) for name, value in [
+        ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "s"), ("prompt_cache_key", "k"),
+        ("prompt_cache_options", {}), ("prompt_cache_retention", "24h"),
+        ("prediction", {"type": "content", "content": "x"}), ("verbosity", "low"),
+        ("service_tier", "auto"), ("store", False), ("logit_bias", {}), ("function_call", None),
+        ("functions", []), ("modalities", ["text"])]],
+    *[(name, {name: value}, NAMED_400, None) for name, value in [
+        ("store", True), ("logit_bias", {"50256": -100}), ("audio", {"voice": "x"}),
+        ("modalities", ["text", "audio"]), ("moderation", {"a": 1}), ("web_search_options", {"a": 1}),
+        ("functions", [{"name": "f"}]), ("function_call", "auto"), ("n", 0), ("n", 129)]],
+]
+
+
+def check_case(request, field, sent, place, expected):
+    """`request()` translates `sent`; look at what became of it."""
+    if place == NAMED_400:
+        with pytest.raises(ProxyError) as error:
+            request(sent)
+        assert (error.value.status, error.value.param) == (400, field)
+        assert field in error.value.message
+        return
+    result = request(sent)
+    assert result.ignored == []
+    if place == HINT:
+        assert result == request({})
+        return
+    found = result._asdict()
+    for step in place.split("."):
+        found = found.get(step, ABSENT)
+    assert found == expected and type(found) is type(expected)
+
+
+@pytest.mark.parametrize("field, sent, place, expected", CHAT_CASES)
+def test_field_of_a_chat_does_what_its_row_says(field, sent, place, expected):
+    check_case(lambda sent: to_ollama_chat({"model": "m", "messages": [], **sent}),
+               field, sent, place, expected)
+
+
+COMPLETION_CASES = [
+    ("prompt", {"prompt": "x"}, "body.prompt", "x"),
+    ("prompt", {"prompt": ["x"]}, "body.prompt", "x"),
+    *[("prompt", {"prompt": value}, NAMED_400, None) for value in [["x", "y"], []]],
+    ("suffix", {"suffix": "s"}, "body.suffix", "s"),
+    ("logprobs", {"logprobs": 3}, "body.top_logprobs", 3),
+    ("max_tokens", {"max_tokens": 4}, "body.options.num_predict", 4),
+    ("echo", {"echo": False}, HINT, None), ("best_of", {"best_of": 1}, HINT, None),
+    ("echo", {"echo": True}, NAMED_400, None), ("best_of", {"best_of": 2}, NAMED_400, None),
+]
+
+
+@pytest.mark.parametrize("field, sent, place, expected", COMPLETION_CASES)
+def test_field_of_a_completion_does_what_its_row_says(field, sent, place, expected):
+    check_case(lambda sent: proxy_module.to_ollama_generate({"model": "m", "prompt": "", **sent}),
+               field, sent, place, expected)
+
+
+def test_every_row_of_the_tables_has_a_case():
+    assert {case[0] for case in CHAT_CASES} == set(proxy_module.CHAT_FIELDS)
+    own = set(proxy_module.COMPLETION_FIELDS) - set(proxy_module.COMMON_FIELDS)
+    assert own <= {case[0] for case in COMPLETION_CASES}
+
+
+def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_hold():
+    tools = [{"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {"a": {"$ref": "#/$defs/T"}}, "$defs": {"T": {"type": kind}}}}}
+        for name, kind in [("f", "string"), ("g", "integer")]]
+    request = to_ollama_chat({"model": "m", "messages": [{"role": "user", "content": "x"}],
+                              "tools": tools, "tool_choice": "required"})
+    assert request.body["format"] == {
+        "anyOf": [{"type": "object", "required": ["name", "arguments"], "properties": {
+            "name": {"const": name}, "arguments": {
+                "type": "object", "properties": {"a": {"$ref": f"#/$defs/{name}.T"}}}}}
+            for name in "fg"],
+        "$defs": {"f.T": {"type": "string"}, "g.T": {"type": "integer"}}}
+    assert "tools" not in request.body and request.reply["forced"] == ""
+    assert [m["role"] for m in request.body["messages"]] == ["user", "system"]
+    assert '"name":"g"' in request.body["messages"][1]["content"]
 
 
 def test_fields_not_sent_or_null_stay_out_so_that_the_modelfile_holds():
@@ -504,7 +657,20 @@ def test_every_chat_goes_up_streamed_and_never_truncated_nor_shifted():
     ("stream_options.include_usage", {"include_usage": "yes"}),
     ("messages[0]", ["hi"]), ("messages[0].role", [{"content": "hi"}]),
     ("messages[0].role", [{"role": "robot"}]), ("messages[0].content", [{"role": "user", "content": 1}]),
-    ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "video"}]}]),
+    ("messages[0].content[0].type", [{"role": "user", "content": [{"type": "file"}]}]),
+    ("messages[0].content[0].image_url", [{"role": "user", "content": [{"type": "image_url"}]}]),
+    *[("messages[0].content[0].image_url", [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": url}}]}]) for url in [
+            "https://example.com/x.png", "data:image/png;base64,!!!!", "data:image/svg+xml;base64,AAAA",
+            "data:image/png,AAAA", "file:///etc/passwd"]],
+    ("messages[0].content[0].input_audio.data", [{"role": "user", "content": [
+        {"type": "input_audio", "input_audio": {}}]}]),
+    ("messages[0].function_call", [{"role": "assistant", "function_call": {"name": "f"}}]),
+    ("messages[0].role", [{"role": "function", "name": "f", "content": "x"}]),
+    ("messages[0].tool_calls[0].id", [{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": "{}"}}]}]),
+    ("tools[0].function.parameters", [{"type": "function", "function": {
+        "name": "f", "parameters": "x"}}]),
     ("messages[0].content[0].text", [{"role": "user", "content": [{"type": "text", "text": 1}]}]),
     ("messages[0].tool_calls[0].function", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
 ])
@@ -534,7 +700,9 @@ def test_conversation_with_tools_keeps_order_and_count_and_matches_results_to_ca
                         for i, a in enumerate(arguments)]},
         {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
     ]
-    assert native(messages=messages)["messages"] == [
+    request = to_ollama_chat({"model": "m", "messages": messages})
+    assert request.ignored == []
+    assert request.body["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "", "thinking": "Hm.", "tool_calls": [
@@ -545,11 +713,27 @@ def test_conversation_with_tools_keeps_order_and_count_and_matches_results_to_ca
     ]
 
 
+def test_parts_of_a_message_become_one_message_with_its_images():
+    png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    parts = [{"type": "text", "text": "What is "},
+             {"type": "image_url", "image_url": {"url": "data:image/png;base64," + png, "detail": "low"}},
+             {"type": "image_url", "image_url": "data:image/jpeg;base64,AAAA"},
+             {"type": "input_audio", "input_audio": {"data": "BBBB", "format": "wav"}},
+             {"type": "text", "text": "this?"}]
+    assert native(messages=[{"role": "user", "content": parts}])["messages"] == [
+        {"role": "user", "content": "What is this?", "images": [png, "AAAA", "BBBB"]}]
+
+
+def test_unknown_members_of_messages_are_named():
+    request = to_ollama_chat({"model": "m", "messages": [{"role": "user", "content": "x", "mood": 1}]})
+    assert request.ignored == ["messages[0].mood"]
+
+
 # ---- 6. Stream ---------------------------------------------------------------------------------
 
 
-def new_stream(**kwargs):
-    return ChatStream("m", "chatcmpl-x", 1700000000, **kwargs)
+def new_stream(**reply):
+    return ChatStream("m", "chatcmpl-x", 1700000000, reply)
 
 
 def test_tool_calls_are_counted_over_the_whole_stream_and_get_unique_ids():
@@ -597,7 +781,7 @@ def test_record_with_thinking_content_and_call_becomes_one_delta_each():
     {"message": {"tool_calls": [{"function": {}}]}}, {"message": {"tool_calls": [{}]}},
     {"message": {}, "done": True, "eval_count": "9"}])
 def test_record_of_the_wrong_shape_is_a_breach_of_protocol(record):
-    s = new_stream(usage=True)
+    s = new_stream()
     with pytest.raises(ProxyError) as error:
         list(s.feed(record))
     assert (error.value.status, error.value.code, s.state) == (502, "upstream_protocol", "FAILED")
@@ -617,10 +801,56 @@ def test_nothing_may_follow_the_end_nor_an_error():
 
 
 def test_usage_of_a_cached_prompt_counts_as_zero():
-    s = new_stream(usage=True)
-    chunks = list(s.feed({"message": {}, "done": True, "eval_count": 3}))
-    assert chunks[-1]["usage"] == {"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 3}
-    assert chunks[-1]["choices"] == []
+    s = new_stream()
+    list(s.feed({"message": {}, "done": True, "eval_count": 3}))
+    chunk = proxy_module.usage_chunk([s])
+    assert chunk["usage"] == {"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 3}
+    assert chunk["choices"] == []
+
+
+def forced_stream(forced, text, reason="stop"):
+    s = new_stream(forced=forced)
+    records = [{"message": {"content": text[:5]}}, {"message": {"content": text[5:]}},
+               {"message": {}, "done": True, "done_reason": reason}]
+    return fold_chunks(c for r in records for c in s.feed(r))["choices"][0]
+
+
+@pytest.mark.parametrize("forced, text, name, arguments", [
+    ("f", '{\n "a": 1}', "f", '{"a":1}'),
+    ("", '{"name": "g", "arguments": {"b": [2]}}', "g", '{"b":[2]}'),
+    ("", '{"name": "g"}', "g", "{}"),
+])
+def test_forced_call_is_the_whole_content_as_one_call(forced, text, name, arguments):
+    choice = forced_stream(forced, text)
+    call = choice["message"]["tool_calls"][0]
+    assert call["function"] == {"name": name, "arguments": arguments} and call["type"] == "function"
+    assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("forced, text, name, arguments", [
+    ("f", '{"a": "cut h', "f", '{"a": "cut h'),
+    ("", '{"name": "g", "arguments": {"b": [', "g", '{"b": ['),
+])
+def test_forced_call_that_is_cut_says_length_and_gives_what_came(forced, text, name, arguments):
+    for reason in "length", "stop":
+        choice = forced_stream(forced, text, reason)
+        assert choice["finish_reason"] == "length"
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": name, "arguments": arguments}
+
+
+def test_forced_call_that_is_cut_before_its_name_stays_text():
+    choice = forced_stream("", '{"name": "ge', "length")
+    assert choice["message"] == {"role": "assistant", "content": '{"name": "ge'}
+    assert choice["finish_reason"] == "length"
+
+
+def test_second_call_is_dropped_where_the_client_wants_one_at_a_time():
+    s = new_stream(parallel=False)
+    call = {"function": {"name": "f", "arguments": {}}}
+    chunks = s.feed({"message": {"tool_calls": [call, call]}}) + s.feed(
+        {"message": {"tool_calls": [call]}, "done": True})
+    message = fold_chunks(chunks)["choices"][0]["message"]
+    assert len(message["tool_calls"]) == 1
 
 
 def test_middle_of_the_program_runs_on_bytes_alone():
@@ -746,6 +976,121 @@ def test_clients_keys_never_reach_the_upstream(start):
         assert "secret" not in str(fake.requests.get(timeout=DEADLINE)[1])
 
 
+def test_recorded_logprobs_get_openais_form(start):
+    server, fake = start(RECORDED["logprobs"])
+    for answer in chat(server, logprobs=True, top_logprobs=2), chat(server, stream=False, logprobs=True):
+        if answer.headers["Content-Type"].startswith("text/event-stream"):
+            choices = [c["choices"][0] for c in answer.chunks() if c["choices"][0].get("logprobs")]
+            content = [token for choice in choices for token in choice["logprobs"]["content"]]
+        else:
+            logprobs = answer.json()["choices"][0]["logprobs"]
+            assert logprobs["refusal"] is None
+            content = logprobs["content"]
+        assert [token["token"] for token in content] == ["Hello", " from", " a"]
+        assert content[0] == {
+            "token": "Hello", "logprob": 0, "bytes": [72, 101, 108, 108, 111], "top_logprobs": [
+                {"token": "Hello", "logprob": 0, "bytes": [72, 101, 108, 108, 111]},
+                {"token": "!", "logprob": -67.875, "bytes": [33]}]}
+
+
+def test_logprobs_without_alternatives_still_have_the_list():
+    s = new_stream()
+    chunks = s.feed({"message": {"content": ""}, "logprobs": [{"token": "a", "logprob": -1}]})
+    assert chunks[-1]["choices"][0]["logprobs"]["content"] == [
+        {"token": "a", "logprob": -1, "bytes": None, "top_logprobs": []}]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_choices_are_as_many_requests_and_their_usage_is_summed(start, stream):
+    server, fake = start(RECORDED["length"])
+    answer = chat(server, stream, n=3, seed=5, stream_options={"include_usage": True})
+    if stream:
+        chunks = answer.chunks()
+        whole = fold_chunks(chunks)
+        assert answer.events()[-1] == "[DONE]" and len({c["id"] for c in chunks}) == 1
+        assert sum("usage" in c for c in chunks) == 1
+    else:
+        whole = answer.json()
+    assert [c["index"] for c in whole["choices"]] == [0, 1, 2]
+    assert all(c["message"]["content"] == "Hello from a" for c in whole["choices"])
+    assert whole["usage"] == {"prompt_tokens": 27, "completion_tokens": 9, "total_tokens": 36}
+    seeds = [json.loads(fake.requests.get(timeout=DEADLINE)[2])["options"]["seed"] for _ in range(3)]
+    assert seeds == [5, 6, 7]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_effort_on_a_model_that_cannot_think_is_asked_again_without_it(start, stream):
+    server, fake = start(answers=[[RECORDED["think_on_hello"]], [RECORDED["hello"]]])
+    answer = chat(server, stream, reasoning_effort="high")
+    assert answer.status == 200 and answer.headers["X-Ignored-Fields"] == "reasoning_effort"
+    bodies = [json.loads(fake.requests.get(timeout=DEADLINE)[2]) for _ in range(2)]
+    assert bodies[0]["think"] == "high" and "think" not in bodies[1]
+    server, fake = start(RECORDED["think_on_hello"])
+    assert chat(server, stream, think=True).status == 400  # asked for outright: refused outright
+
+
+def test_recorded_json_of_a_schema_streams_as_text(start):
+    server, _ = start(RECORDED["format_schema"])
+    assert json.loads(chat(server).deltas()) == {"ok": False, "n": "blue"}
+
+
+def test_recorded_any_of_becomes_a_forced_call(start):
+    server, _ = start(RECORDED["format_anyof"])
+    answer = chat(server, tools=[function("a"), function("b")], tool_choice="required")
+    choice = fold_chunks(answer.chunks())["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "a", "arguments": '{"x":false}'}
+    assert choice["finish_reason"] == "tool_calls"
+
+
+# ---- Completions -------------------------------------------------------------------------------
+
+
+def complete(server, **fields):
+    return call(server, "POST", "/v1/completions", {"model": "m", "prompt": "hi", **fields})
+
+
+@pytest.mark.parametrize("size", [None, 1])
+def test_recorded_generate_becomes_text_completion(start, size):
+    server, fake = start(RECORDED["generate"], size=size)
+    answer = complete(server, stream=True, stream_options={"include_usage": True})
+    chunks = answer.chunks()
+    assert answer.events()[-1] == "[DONE]"
+    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == HELLO
+    assert chunks[0] == {
+        "id": chunks[0]["id"], "object": "text_completion", "created": chunks[0]["created"],
+        "model": "m", "system_fingerprint": "fp_ollama", "choices": [
+            {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": None}]}
+    assert chunks[0]["id"].startswith("cmpl-")
+    assert [c["choices"][0]["finish_reason"] for c in chunks[-3:-1]] == [None, "stop"]
+    assert chunks[-1]["usage"]["completion_tokens"] == 27
+    line, _, body = fake.requests.get(timeout=DEADLINE)
+    assert line.startswith("POST /api/generate") and json.loads(body) == {
+        "model": "m", "prompt": "hi", "stream": True, "truncate": False, "options": {}}
+    whole = complete(server).json()
+    assert whole["object"] == "text_completion" and whole["usage"]["total_tokens"] > 27
+    assert whole["choices"] == [{"index": 0, "text": HELLO, "logprobs": None, "finish_reason": "stop"}]
+
+
+def test_completion_logprobs_are_parallel_arrays():
+    s = proxy_module.TextStream("m", "cmpl-x", 1)
+    record = {"response": "a", "logprobs": [
+        {"token": "a", "logprob": -1, "top_logprobs": [{"token": "b", "logprob": -2}]}]}
+    whole = fold_chunks(s.feed(record) + s.feed({**record, "done": True}))
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["a", "a"], "token_logprobs": [-1, -1], "top_logprobs": [{"b": -2}, {"b": -2}]}
+
+
+@pytest.mark.parametrize("name, status, code", [
+    ("generate_suffix", 400, "upstream_error"), ("over_generate", 400, "context_length_exceeded"),
+    ("die_mid_generate", 502, "upstream_error")])
+@pytest.mark.parametrize("stream", [True, False])
+def test_recorded_refusal_of_a_completion(start, name, status, code, stream):
+    server, _ = start(RECORDED[name])
+    error = assert_failed(complete(server, stream=stream), status, code)
+    if name == "generate_suffix":
+        assert error["message"].endswith("does not support insert")
+
+
 # ---- Errors and false endings ------------------------------------------------------------------
 
 
@@ -762,6 +1107,7 @@ def test_clients_keys_never_reach_the_upstream(start):
     ("over_trunc_false", 400, "context_length_exceeded", "messages", "4096 tokens. However"),
     ("hist_trunc_false", 400, "context_length_exceeded", "messages", "6489 tokens"),
     ("over_shift_false", 400, "context_length_exceeded", "messages", "num_ctx"),
+    ("images", 400, "upstream_error", None, "Multimodal data provided, but model does not support"),
     ("notfound", 502, "upstream_protocol", None, "Is that an Ollama?"),
 ])
 def test_recorded_refusal_keeps_its_status_and_says_what_to_do(start, stream, name, status, code, param,
@@ -902,6 +1248,126 @@ def test_native_line_without_done_is_no_end(start):
     assert_failed(call(server, "POST", "/api/chat", {}, SSE), code="upstream_cut")
 
 
+def test_routes_that_need_no_done_end_with_their_body(start):
+    server, _ = start(RECORDED["version"])
+    assert call(server, "GET", "/api/version", headers=SSE).events() == ['{"version":"0.0.0"}', "[DONE]"]
+
+
+# ---- Other routes ------------------------------------------------------------------------------
+
+PASSED = [("POST", path) for path in (
+    "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions", "/api/chat",
+    "/api/generate", "/api/embed", "/api/embeddings", "/api/show")] + [
+    ("GET", path) for path in ("/api/tags", "/api/ps", "/api/version", "/api/status")]
+
+
+@pytest.mark.parametrize("method, path", PASSED)
+def test_passed_route_gives_and_takes_bytes_unread(start, method, path):
+    body = b'\x00 not json, \xff' if method == "POST" else None
+    answer_bytes = b'{"spacing":   "kept", "bad utf-8": "\xff"}'
+    server, fake = start(b"HTTP/1.1 418 x\r\nContent-Type: a/b\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(answer_bytes), answer_bytes))
+    answer = call(server, method, path + "?beta=true", body, {
+        "Content-Type": "multipart/form-data; boundary=x", "anthropic-version": "1"})
+    assert (answer.status, answer.headers["Content-Type"]) == (418, "a/b")
+    assert answer.body == answer_bytes and answer.headers["Content-Length"] == str(len(answer_bytes))
+    line, headers, sent = fake.requests.get(timeout=DEADLINE)
+    assert line == f"{method} {path}?beta=true HTTP/1.1" and sent == (body or b"")
+    assert headers["Content-Type"] == "multipart/form-data; boundary=x"
+    assert headers["anthropic-version"] == "1"
+
+
+@pytest.mark.parametrize("method, path", PASSED)
+def test_passed_route_that_is_cut_stays_cut(start, method, path):
+    for head in HEAD, b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n":
+        server, _ = start(head + (chunk(b"{") if head is HEAD else b"{"))
+        assert call(server, method, path, b"" if method == "POST" else None,
+                    {"Content-Length": "0"} if method == "POST" else {}).cut
+
+
+@pytest.mark.parametrize("method, path", [
+    ("POST", "/api/pull"), ("POST", "/api/push"), ("POST", "/api/create"), ("POST", "/api/copy"),
+    ("POST", "/api/me"), ("POST", "/api/signout"), ("POST", "/api/experimental/x"),
+    ("DELETE", "/api/delete"), ("POST", "/api/blobs/sha256:0"), ("HEAD", "/api/blobs/sha256:0")])
+def test_route_that_changes_ollama_is_a_403_and_not_forwarded(start, method, path):
+    server, fake = start()
+    answer = call(server, method, path)
+    assert answer.status == 403 and fake.requests.empty()
+    if method != "HEAD":
+        assert answer.json()["error"]["type"] == "permission_error"
+
+
+@pytest.mark.parametrize("method, path, hint", [
+    ("GET", "/api/nosuch", ""), ("GET", "/api/tags/", "slash"), ("POST", "/v1/images/generations", ""),
+    ("GET", "/metrics/x", ""), ("POST", "/chat/completions", "base_url should be"),
+    ("POST", "/v1/v1/chat/completions", "base_url should be"), ("GET", "/models", "base_url should be"),
+    ("POST", "/api/v1/embeddings", "base_url should be"), ("GET", "/api/../api/tags", ""),
+    ("POST", "/v1/chat/completions/", "slash"), ("GET", "//api/tags", ""), ("GET", "/api/blobs/", "")])
+def test_other_route_is_a_404_and_not_forwarded(start, method, path, hint):
+    server, fake = start()
+    answer = call(server, method, path)
+    assert answer.status == 404 and fake.requests.empty() and answer.headers["X-Request-Id"]
+    assert hint in answer.json()["error"]["message"]
+    assert answer.json()["error"]["type"] == "not_found_error"
+
+
+def test_root_answers_the_ollama_program_and_people(start):
+    server, _ = start()
+    assert call(server, "HEAD", "/").status == 200
+    assert b"base_url" in call(server, "GET", "/").body
+
+
+def test_head_is_answered_where_get_is(start):
+    server, fake = start(b"HTTP/1.1 200 OK\r\nContent-Type: a/b\r\nContent-Length: 9\r\n\r\n")
+    connection = connect(server)
+    for _ in range(2):
+        connection.request("HEAD", "/api/version")
+        response = connection.getresponse()
+        assert (response.status, response.read()) == (200, b"")
+    assert fake.requests.get(timeout=DEADLINE)[0] == "HEAD /api/version HTTP/1.1"
+    connection.close()
+
+
+@pytest.mark.parametrize("path, name", [
+    ("hello", "hello"), ("hf.co/a/b:Q4", "hf.co/a/b:Q4"), ("hf.co%2Fa%2Fb%3AQ4", "hf.co/a/b:Q4")])
+def test_model_is_looked_up_by_its_id_whatever_it_contains(start, path, name):
+    shown = (b'{"modified_at":"2026-11-22T22:18:01.7+02:00","capabilities":["completion"],"model_info":'
+             b'{"general.architecture":"llama","llama.context_length":4096}}')
+    server, fake = start(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(shown), shown))
+    model = call(server, "GET", "/v1/models/" + path).json()
+    assert model["id"] == name and model["object"] == "model" and model["owned_by"] == "library"
+    assert model["context_length"] == 4096 and model["capabilities"] == ["completion"]
+    assert json.loads(fake.requests.get(timeout=DEADLINE)[2]) == {"model": name}
+
+
+def test_missing_model_is_a_404_that_names_the_cure(start):
+    server, _ = start(RECORDED["show_missing"])
+    answer = call(server, "GET", "/v1/models/nosuch")
+    assert answer.status == 404 and "ollama pull nosuch" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("tokens", [[1, 2], [[1, 2]]])
+def test_embedding_of_tokens_is_a_400_that_names_the_cure(start, tokens):
+    server, fake = start()
+    answer = call(server, "POST", "/v1/embeddings", {"model": "m", "input": tokens})
+    assert answer.status == 400 and fake.requests.empty()
+    assert "check_embedding_ctx_length=False" in answer.json()["error"]["message"]
+
+
+def test_compressed_body_is_a_415_on_translated_routes_only(start):
+    server, fake = start(RECORDED["version"])
+    for path, status in ("/v1/chat/completions", 415), ("/v1/responses", 200):
+        assert call(server, "POST", path, b"x", {"Content-Encoding": "zstd"}).status == status
+    assert fake.requests.get(timeout=DEADLINE)[1]["Content-Encoding"] == "zstd"
+
+
+def test_proxy_that_asks_itself_says_so(start):
+    server, _ = start(upstream="http://127.0.0.1:1")
+    server.upstream.url = parse_url(server.url)
+    answer = chat(server)
+    assert answer.status == 508 and "--upstream" in answer.json()["error"]["message"]
+
+
 # ---- The connection ----------------------------------------------------------------------------
 
 
@@ -1021,6 +1487,32 @@ def test_unknown_fields_cannot_break_the_header(start):
     assert answer.headers["X-Ignored-Fields"].endswith("f19, and 980 more")
 
 
+def test_unknown_field_that_is_half_an_emoji_is_named(start):
+    server, _ = start(RECORDED["hello"])
+    answer = call(server, "POST", "/v1/chat/completions",
+                  b'{"model":"m","messages":[],"\\ud83d":1}')
+    assert answer.status == 200 and answer.headers["X-Ignored-Fields"] == "%5Cud83d"
+
+
+def test_path_that_is_not_ascii_is_a_400(start):
+    server, _ = start()
+    assert raw(server, "GET /api/tags?é HTTP/1.1\r\n\r\n".encode()).startswith(b"HTTP/1.1 400 ")
+    assert raw(server, b"GET /api/tags?\x01 HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+
+
+def test_garbage_after_a_stream_on_the_same_connection_is_a_400_of_its_own(start):
+    server, _ = start(RECORDED["length"])
+    body = b'{"model":"m","messages":[],"stream":true}'
+    answer = raw(server, b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%bGARBAGE\r\n\r\n"
+                 % (len(body), body))
+    assert answer.count(b"HTTP/1.1 200") == 1 and answer.count(b"HTTP/1.1 400 ") == 1
+
+
+def test_whole_answer_has_its_usage_whatever_the_stream_options_say(start):
+    server, _ = start(RECORDED["hello"])
+    assert "usage" in chat(server, False, stream_options={"include_usage": False}).json()
+
+
 def test_models_are_listed_from_tags(start):
     server, _ = start(RECORDED["tags"])
     answer = call(server, "GET", "/v1/models").json()
@@ -1067,6 +1559,29 @@ def test_demo_answers_a_tools_result_and_obeys_a_limit(demo):
     assert answer.deltas() == "The tool said: sunny"
     choice = chat(demo, model="demo-text", stream=False, max_tokens=2).json()["choices"][0]
     assert choice["message"]["content"] == "Hello! Every" and choice["finish_reason"] == "length"
+
+
+def test_demo_obeys_a_schema_and_calls_the_tool_that_it_is_given(demo):
+    schema = {"type": "object", "$defs": {"C": {"enum": ["red"]}}, "properties": {
+        "c": {"$ref": "#/$defs/C"}, "n": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "list": {"type": "array", "items": {"type": "boolean"}}, "k": {"const": 1}}}
+    value = {"c": "red", "n": 1, "list": [True], "k": 1}
+    answer = chat(demo, model="demo-text", response_format={
+        "type": "json_schema", "json_schema": {"schema": schema}})
+    assert json.loads(answer.deltas()) == value
+    tools = [{"type": "function", "function": {"name": "paint", "parameters": schema}}]
+    for model, choice in ("demo-tool", "auto"), ("demo-text", "required"), ("demo-text", named("paint")):
+        message = fold_chunks(chat(demo, model=model, tools=tools, tool_choice=choice).chunks())
+        call = message["choices"][0]["message"]["tool_calls"][0]["function"]
+        assert call["name"] == "paint" and json.loads(call["arguments"]) == value
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model":["a"]}', b'{"model":"demo-text",'
+                                  b'"messages":[],"options":{"num_predict":null}}'])
+def test_demo_takes_odd_bodies(demo, body):
+    for path in "/api/chat", "/api/generate", "/api/show":
+        answer = call(demo, "POST", path, body, {"Content-Length": str(len(body))})
+        assert answer.status in (200, 400, 404) and not answer.cut
 
 
 def test_demo_speaks_the_generate_format_too(demo):
@@ -1137,7 +1652,8 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--upstream", "ftp://box"], {}, "--upstream"),
     (["--upstream", "http://user@box"], {}, "--upstream"),
     (["--upstream", "http://127.0.0.1:1x"], {}, "--upstream"),
-    (["--upstream", "127.0.0.1:11435"], {}, "same address"),
+    (["--upstream", "127.0.0.1:11435"], {}, "ask itself"),
+    (["--upstream", "127.0.0.1:11434/v1"], {}, "without /v1"),
     (["--idle-timeout", "0"], {}, "--idle-timeout"),
     (["--idle-timeout", "nan"], {}, "--idle-timeout"),
     (["--nosuch"], {}, "--nosuch"),

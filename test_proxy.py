@@ -1718,3 +1718,23 @@ def test_readme_names_every_flag_and_no_other():
     table = readme[readme.index("## Command line"):]
     table = table[:table.index("\n## ")]
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) == flags
+
+
+def test_readme_says_of_each_field_what_its_row_does():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## What becomes of each field"):]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", section[:section.index("\n## ")], re.MULTILINE)
+    said = {name: effect for names, effect in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(said) == set(proxy_module.CHAT_FIELDS)
+    for name, effect in said.items():
+        places = {place for field, _, place, _ in CHAT_CASES if field == name}
+        assert effect.startswith("hint") == (places == {HINT}), name
+        assert effect.startswith("400") == (places <= {HINT, NAMED_400} and NAMED_400 in places), name
+
+
+def test_readme_lists_every_route():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Routes"):]
+    section = section[:section.index("\n## ")]
+    for path in proxy_module.ROUTES:
+        assert path.replace("/*", "").rpartition("/")[2] in section, path

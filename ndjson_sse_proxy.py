@@ -1541,7 +1541,8 @@ class DemoHandler(JsonHandler):
 
     def do_GET(self) -> None:
         """/api/tags and /api/version."""
-        answers: dict[str, Json] = {"/api/version": {"version": "0.0.0-demo"}, "/api/tags": {
+        answers: dict[str, Json] = {"/api/ps": {"models": []}, "/api/version": {
+            "version": "0.0.0-demo"}, "/api/tags": {
             "models": [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z",
                         "description": text} for name, (text, _) in DEMO_MODELS.items()]}}
         known = self.path in answers

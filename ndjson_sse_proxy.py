@@ -175,7 +175,7 @@ def unwrap_error(value: Any) -> str:
     """
     for _ in range(5):
         if isinstance(value, dict) and ("error" in value or "message" in value):
-            value = value.get("error", value.get("message"))
+            value = value.get("error") or value.get("message")
         elif isinstance(value, str) and value.lstrip().startswith("{"):
             try:
                 value = parse_object(value)
@@ -201,7 +201,13 @@ def finite(text: str) -> float:
     return value if abs(value) != float("inf") else refuse_constant(text)
 
 
-PLAIN_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite)
+def bounded(text: str) -> int:
+    """json's hook for integers: thousands of digits take long to read, and can't all be written."""
+    return int(text) if len(text) < 300 else refuse_constant(text[:20] + "...")
+
+
+PLAIN_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite,
+                              parse_int=bounded)
 
 
 def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
@@ -294,7 +300,10 @@ def to_json(value: Any) -> str:
     >>> print(to_json({"text": "two\\nlines"}))
     {"text":"two\\nlines"}
     """
-    text = JSON_ENCODER.encode(value)
+    try:
+        text = JSON_ENCODER.encode(value)
+    except RecursionError:  # writing needs a little more of the stack than reading did
+        raise ProxyError(400, "nested too deeply") from None
     if not text.isascii():
         for char, escape in UNICODE_LINE_ENDS.items():
             text = text.replace(char, escape)
@@ -435,7 +444,9 @@ def to_tools(tools: list[Any], param: str) -> list[Any]:
     """Tools go up as they are, checked: the formats are the same."""
     for where, tool in each(tools, param):
         to_function_name(tool, where)
-        expect(tool["function"].get("parameters") or {}, "object", f"{where}.function.parameters")
+        schema = tool["function"].get("parameters", {})
+        expect(schema, "object", f"{where}.function.parameters")
+        expect(schema.get("$defs", {}), "object", f"{where}.function.parameters.$defs")
     return tools
 
 
@@ -489,7 +500,7 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
-        arguments = call["function"].get("arguments") or {}
+        arguments = call["function"].get("arguments", {})
         expect(arguments, "string or object", f"{where}.function.arguments")
         if isinstance(arguments, str):
             try:
@@ -522,10 +533,17 @@ OPTIONS = {**dict.fromkeys((
         "temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
         "frequency_penalty"), "number"), "use_mmap": "boolean", "stop": "string or array"}
 
+
+def to_options(options: Json, param: str) -> Json:
+    """Ollama's options; those that are known are checked, the others may be newer than this."""
+    return {name: expect(value, OPTIONS.get(name, "any"), f"{param}.{name}")
+            for name, value in options.items() if value is not None}
+
+
 COMMON_FIELDS: dict[str, Field] = {
     # OpenAI's name           JSON type            Ollama's place          conversion
     "model":                 ("string",            "model",                None),
-    "options":               ("object",            "options",              lambda v, p: {**v}),
+    "options":               ("object",            "options",              to_options),
     **{name: (types, f"options.{name}", to_strings if name == "stop" else None)
        for name, types in OPTIONS.items()},
     "max_tokens":            ("integer",           "options.num_predict",  None),
@@ -646,13 +664,12 @@ def force_call(native: Json, functions: Json, reply: Json) -> None:
     last line tells it what to do. ChatStream makes the text a call again.
     """
     schemas, definitions = [], {}
-    for name, function in functions.items():
+    for i, (name, function) in enumerate(functions.items()):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         if len(functions) > 1:  # "$ref" counts from the root of what is sent: move what it finds
-            text = to_json(schema).replace('"#/$defs/', f'"#/$defs/{name}.')
-            schema = PLAIN_JSON.decode(text)
+            schema = parse_object(to_json(schema).replace('"#/$defs/', f'"#/$defs/{i}.'))
             for key, value in schema.pop("$defs", {}).items():
-                definitions[f"{name}.{key}"] = value
+                definitions[f"{i}.{key}"] = value
             schema = {"type": "object", "required": ["name", "arguments"],
                       "properties": {"name": {"const": name}, "arguments": schema}}
         schemas.append(schema)
@@ -747,15 +764,16 @@ class ChatStream:
         self._index = index
         self._forced = (reply or {}).get("forced")  # a function's name, or "" if there are several
         self._max_calls = 1 if (reply or {}).get("parallel") is False else 1 << 30
-        self._call_ids: list[str] = []  # of the tool calls sent so far
+        self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is whole
 
     def feed(self, record: Json) -> list[Json]:
         """One record to its chunks. Raises ProxyError for an error record or a malformed one."""
-        event = "error" if "error" in record else "done" if record.get("done") else "record"
-        if event not in TRANSITIONS[self.state]:
-            raise broken_upstream(f"a record after the stream was {self.state}")
         before, self.state = self.state, FAILED  # until this record has turned out well
+        done = member(record, "done", bool)
+        event = "error" if "error" in record else "done" if done else "record"
+        if event not in TRANSITIONS[before]:
+            raise broken_upstream(f"a record after the stream was {before}")
         if event == "error":  # {"error": "the model runner has died"}
             raise upstream_error(record["error"])
         deltas = list(self._deltas(record))
@@ -797,8 +815,11 @@ class ChatStream:
         for call in member(message, "tool_calls", list):
             function = member(call, "function", dict, needed=True)
             if len(self._call_ids) < self._max_calls:
-                yield self._tool_call(member(function, "name", str, needed=True),
-                                      function.get("arguments") or {}, member(call, "id", str))
+                arguments = function.get("arguments")  # a text already, from some that copy Ollama
+                arguments = arguments if isinstance(arguments, str) else member(
+                    function, "arguments", dict)
+                yield self._tool_call(member(function, "name", str, needed=True), arguments,
+                                      member(call, "id", str))
 
     def _message(self, record: Json) -> Any:
         return member(record, "message", dict, needed=not record.get("done"))
@@ -806,7 +827,7 @@ class ChatStream:
     def _logprobs(self, record: Json) -> Json:
         """OpenAI's form, in which top_logprobs is always there."""
         return {"refusal": None, "content": [
-            {"bytes": None, **token, "top_logprobs": member(token, "top_logprobs", list)}
+            {"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
             for token in member(record, "logprobs", list)]}
 
     def _tool_call(self, name: str, arguments: Any, call_id: str = "") -> Json:
@@ -814,7 +835,7 @@ class ChatStream:
         index = len(self._call_ids)
         if not call_id or call_id in self._call_ids:
             call_id = f"call_{self.envelope['id']}_{self._index}_{index}"
-        self._call_ids.append(call_id)
+        self._call_ids.add(call_id)
         text = arguments if isinstance(arguments, str) else to_json(arguments)
         return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
                                 "function": {"name": name, "arguments": text}}]}
@@ -909,7 +930,9 @@ def add_up(total: Json, part: Json) -> Json:
         if isinstance(value, dict):
             total[name] = add_up(total.get(name) or {}, value)
         elif isinstance(value, (str, list)) and total.get(name):
-            total[name] += value
+            grown = total.pop(name)  # out of the dict, so that CPython may extend it in place
+            grown += value
+            total[name] = grown
         elif value is not None or name not in total:
             total[name] = value
     return total
@@ -974,7 +997,7 @@ def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
         yield sse_event(line)
         if "error" in record:
             return
-        if needs_done and record.get("done"):
+        if needs_done and member(record, "done", bool):
             break
     else:
         if needs_done:
@@ -1007,8 +1030,10 @@ class Upstream:
         connection = self._connect()
         try:
             with self.reading():
-                connection.request(method, self.url.path + path, body, {
-                    "Content-Type": "application/json", **(headers or {}), **self._headers})
+                # Whoever refuses a large body may do so, and hang up, before all of it is sent.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, self.url.path + path, body, {
+                        "Content-Type": "application/json", **(headers or {}), **self._headers})
                 return UpstreamAnswer(self, connection, connection.getresponse())
         except ProxyError:
             connection.close()
@@ -1017,11 +1042,10 @@ class Upstream:
     def _connect(self) -> http.client.HTTPConnection:
         kind = (http.client.HTTPSConnection if self.url.scheme == "https"
                 else http.client.HTTPConnection)
-        connection = kind(self._host, self.url.port, timeout=CONNECT_SECONDS)
         try:
+            connection = kind(self._host, self.url.port, timeout=CONNECT_SECONDS)
             connection.connect()
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
-            connection.close()
             raise ProxyError(
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
                 "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
@@ -1060,8 +1084,12 @@ class UpstreamAnswer:
                  response: http.client.HTTPResponse) -> None:
         self._upstream, self._connection, self._response = upstream, connection, response
         self.status = response.status
+        encoding = response.getheader("Transfer-Encoding", "chunked")
+        if self.status < 200 or encoding.lower() != "chunked":
+            raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}")
         self.content_type = response.getheader("Content-Type") or "application/octet-stream"
-        self.length = response.length  # None: chunked, or as long as the connection lasts
+        length = response.getheader("Content-Length", "")  # "": as long as the connection lasts
+        self.length = int(length) if length.isdigit() and not response.chunked else None
 
     def close(self) -> None:
         """Hang up. If Ollama was still at work for this request, it stops."""
@@ -1116,7 +1144,7 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Json:
 
 
 CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=refuse_constant,
-                               parse_float=finite)
+                               parse_float=finite, parse_int=bounded)
 
 
 class JsonHandler(http.server.BaseHTTPRequestHandler):
@@ -1497,7 +1525,7 @@ def words(text: str, key: str = "content") -> list[Json]:
     return [{key: word} for word in re.findall(r"\s*\S+", text)]
 
 
-def sample(schema: Json, root: Json) -> Any:
+def sample(schema: Any, root: Any) -> Any:
     """A value that fits a JSON schema, as a model under `format` would write one.
 
     >>> sample({"type": "object", "properties": {"n": {"enum": [3]}, "s": {"type": "string"}}}, {})
@@ -1559,17 +1587,10 @@ class DemoHandler(JsonHandler):
             return self.send_json(404, {"error": f"model '{name}' not found"})
         if self.path == "/api/show":
             return self.send_json(200, {"modified_at": "2026-01-01T00:00:00Z", "details": {}})
-        script = DEMO_MODELS[name][1]
-        schema = body.get("format")
-        if schema and name != "demo-error":
-            script = words(to_json(sample({} if schema == "json" else schema, schema)))
-        elif name == "demo-tool" and messages[-1].get("role") == "tool":
-            script = words(f"The tool said: {messages[-1]['content']}")
-        elif name == "demo-tool" and body.get("tools"):
-            function = body["tools"][0]["function"]
-            arguments = sample(function.get("parameters") or {}, function.get("parameters") or {})
-            script = [{"tool_calls": [{"function": {
-                "index": 0, "name": function["name"], "arguments": arguments}}]}]
+        try:
+            script = self.script(name, messages, body)
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            return self.send_json(400, {"error": f"too odd for the demo: {error!r}"})
         limit = (body.get("options") or {}).get("num_predict")
         said = script[:limit] if isinstance(limit, int) and limit > 0 else script
         self.start(200, "application/x-ndjson")
@@ -1581,6 +1602,20 @@ class DemoHandler(JsonHandler):
         self.say(name, {}, done=True, done_reason="stop" if said == script else "length",
                  prompt_eval_count=9, eval_count=len(said))
         return self.finish_body()
+
+    def script(self, name: str, messages: list[Json], body: Json) -> list[Json]:
+        """What the model says; a schema, a tool, or a tool's result changes that."""
+        schema, tools = body.get("format"), body.get("tools")
+        if schema and name != "demo-error":
+            return words(to_json(sample({} if schema == "json" else schema, schema)))
+        if name == "demo-tool" and messages[-1].get("role") == "tool":
+            return words(f"The tool said: {messages[-1]['content']}")
+        if name == "demo-tool" and tools:
+            function = tools[0]["function"]
+            arguments = sample(function.get("parameters") or {}, function.get("parameters"))
+            return [{"tool_calls": [{"function": {
+                "index": 0, "name": function["name"], "arguments": arguments}}]}]
+        return DEMO_MODELS[name][1]
 
     def say(self, name: str, message: Json, **more: Any) -> None:
         """One record, in the form of the route that was asked."""
@@ -1613,7 +1648,7 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
     >>> parse_url("192.0.2.7").geturl(), parse_url("https://box/ollama").geturl()
     ('http://192.0.2.7:11434', 'https://box:443/ollama')
     """
-    match = re.fullmatch(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[^\s?#]*)?",
+    match = re.fullmatch(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[!\"$->@-~]*)?",
                          text.strip(), re.ASCII | re.IGNORECASE)
     if not match or int(match[3] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
@@ -1691,8 +1726,9 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
 
 def say(text: str) -> None:
     """A line for whoever started the program; in one write, for threads."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more: serve on
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def say_if_unreachable(upstream: Upstream) -> None:
@@ -1708,12 +1744,15 @@ def main(argv: list[str] | None = None) -> int:
     config = read_config(argv, os.environ)
     if config.demo:
         config = config._replace(upstream=parse_url(DemoOllama().url))
-    where = config.listen.netloc
+    where, upstream_key = config.listen.netloc, os.environ.get("OLLAMA_API_KEY", "")
+    if not re.fullmatch("[!-~]*", upstream_key):
+        say("ndjson_sse_proxy: $OLLAMA_API_KEY has characters that a header can't carry")
+        return 2
     if config.upstream.netloc == where:
         say(f"ndjson_sse_proxy: it would ask itself on {where}; name Ollama's place: --upstream URL")
         return 2
     try:
-        server = ProxyServer(config, os.environ.get("OLLAMA_API_KEY", ""))
+        server = ProxyServer(config, upstream_key)
     except (OSError, UnicodeError) as error:
         say(f"ndjson_sse_proxy: can't listen on {where}: {error}; another place: --listen HOST:PORT")
         return 2

@@ -458,6 +458,23 @@ def test_ndjson_line_that_is_no_object_raises_after_the_good_ones(line):
     assert (error.value.status, error.value.code) == (502, "upstream_protocol")
 
 
+def test_ndjson_records_survive_a_reader_that_stops_early():
+    decoder = NdjsonDecoder()
+    decoder.feed(b'{"a":1}\n{"b":2}\n{"c"')
+    assert next(decoder.feed(b":3}\n"))[1] == {"a": 1}
+    assert [record for _, record in decoder.feed(b"")] == [{"b": 2}, {"c": 3}]
+
+
+@pytest.mark.parametrize("number, good", [("1" * 299, True), ("1" * 300, False)])
+def test_ndjson_integer_that_could_not_be_written_again_is_refused(number, good):
+    records = NdjsonDecoder().feed(b'{"a":%b}\n' % number.encode())
+    if good:
+        assert next(records)[1] == {"a": int(number)}
+    else:
+        with pytest.raises(ProxyError):
+            next(records)
+
+
 def test_ndjson_line_without_end_is_refused_at_the_cap():
     decoder = NdjsonDecoder(max_line=100)
     assert list(decoder.feed(b"x" * 100)) == []
@@ -624,9 +641,9 @@ def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_
     assert request.body["format"] == {
         "anyOf": [{"type": "object", "required": ["name", "arguments"], "properties": {
             "name": {"const": name}, "arguments": {
-                "type": "object", "properties": {"a": {"$ref": f"#/$defs/{name}.T"}}}}}
-            for name in "fg"],
-        "$defs": {"f.T": {"type": "string"}, "g.T": {"type": "integer"}}}
+                "type": "object", "properties": {"a": {"$ref": f"#/$defs/{i}.T"}}}}}
+            for i, name in enumerate("fg")],
+        "$defs": {"0.T": {"type": "string"}, "1.T": {"type": "integer"}}}
     assert "tools" not in request.body and request.reply["forced"] == ""
     assert [m["role"] for m in request.body["messages"]] == ["user", "system"]
     assert '"name":"g"' in request.body["messages"][1]["content"]
@@ -669,8 +686,13 @@ def test_every_chat_goes_up_streamed_and_never_truncated_nor_shifted():
     ("messages[0].role", [{"role": "function", "name": "f", "content": "x"}]),
     ("messages[0].tool_calls[0].id", [{"role": "assistant", "tool_calls": [
         {"function": {"name": "f", "arguments": "{}"}}]}]),
-    ("tools[0].function.parameters", [{"type": "function", "function": {
-        "name": "f", "parameters": "x"}}]),
+    *[("tools[0].function.parameters", [{"type": "function", "function": {
+        "name": "f", "parameters": value}}]) for value in ["x", False, None, []]],
+    ("tools[0].function.parameters.$defs", [{"type": "function", "function": {
+        "name": "f", "parameters": {"$defs": 5}}}]),
+    ("options.seed", {"seed": "x"}), ("options.num_ctx", {"num_ctx": "big"}),
+    ("messages[0].tool_calls[0].function.arguments", [{"role": "assistant", "tool_calls": [
+        {"id": "c", "function": {"name": "f", "arguments": []}}]}]),
     ("messages[0].content[0].text", [{"role": "user", "content": [{"type": "text", "text": 1}]}]),
     ("messages[0].tool_calls[0].function", [{"role": "assistant", "tool_calls": [{"id": "1"}]}]),
 ])
@@ -779,7 +801,11 @@ def test_record_with_thinking_content_and_call_becomes_one_delta_each():
     {"message": {"tool_calls": {}}}, {"message": {"tool_calls": [1]}},
     {"message": {"tool_calls": [{"id": 1, "function": {"name": "f"}}]}},
     {"message": {"tool_calls": [{"function": {}}]}}, {"message": {"tool_calls": [{}]}},
-    {"message": {}, "done": True, "eval_count": "9"}])
+    {"message": {}, "done": True, "eval_count": "9"}, {"message": {}, "done": "false"},
+    {"message": {"content": "x"}, "done": 1}, {"message": {"content": "x"}, "logprobs": [5]},
+    {"message": {"content": "x"}, "logprobs": "x"},
+    {"message": {"tool_calls": [{"function": {"name": "f", "arguments": 5}}]}},
+    {"message": {"tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}}])
 def test_record_of_the_wrong_shape_is_a_breach_of_protocol(record):
     s = new_stream()
     with pytest.raises(ProxyError) as error:
@@ -790,12 +816,12 @@ def test_record_of_the_wrong_shape_is_a_breach_of_protocol(record):
 def test_nothing_may_follow_the_end_nor_an_error():
     done, failed = new_stream(), new_stream()
     list(done.feed({"done": True}))
+    done.close()
     with pytest.raises(ProxyError, match="died"):
         list(failed.feed({"error": "died"}))
     for s in done, failed:
         with pytest.raises(ProxyError, match="after"):
             list(s.feed({"message": {"content": "x"}}))
-    done.close()
     with pytest.raises(ProxyError, match="cut"):
         failed.close()
 
@@ -1167,6 +1193,9 @@ SAID = HEAD + chunk(says("some"))
     ((HEAD.replace(b"Transfer-Encoding: chunked", b"Connection: close") + says("some"),), "upstream_cut"),
     ((b"HTTP/1.1 302 Found\r\nLocation: /\r\nContent-Length: 0\r\n\r\n",), "upstream_protocol"),
     ((b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>",), None),
+    ((b"HTTP/1.1 103 Early Hints\r\n\r\n",), "upstream_protocol"),
+    ((HEAD.replace(b"chunked", b"gzip, chunked") + chunk(says("some") + FINAL) + b"0\r\n\r\n",), None),
+    ((SAID + chunk(FINAL.replace(b"true", b'"false"')) + b"0\r\n\r\n",), "upstream_protocol"),
 ])
 def test_upstream_that_is_cut_or_garbled_never_looks_finished(start, stream, steps, code):
     server, _ = start(*steps)
@@ -1241,6 +1270,33 @@ def test_native_answer_that_is_cut_stays_cut(start, size):
     server, _ = start(RECORDED["hello"][:900], size=size)
     assert call(server, "POST", "/api/chat", {}).cut
     assert_failed(call(server, "POST", "/api/chat", {}, SSE), code="upstream_cut")
+
+
+def test_native_done_that_is_no_boolean_is_no_end(start):
+    server, _ = start(HEAD + chunk(FINAL.replace(b"true", b'"no"')) + b"0\r\n\r\n")
+    assert_failed(call(server, "POST", "/api/chat", {}, SSE), code="upstream_protocol")
+
+
+def test_native_status_below_200_is_no_answer(start):
+    server, _ = start(b"HTTP/1.1 103 Early Hints\r\n\r\n")
+    assert_failed(call(server, "POST", "/api/chat", {}), 502, "upstream_protocol")
+
+
+def test_refusal_that_comes_before_the_whole_upload_is_passed_on(start):
+    refusal = b'{"error":"too large for Ollama"}'
+    server, fake = start()
+
+    def refuse(connection):
+        with connection:
+            connection.recv(10)
+            connection.sendall(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%b" % (
+                len(refusal), refusal))
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(1 << 20):
+                pass
+    fake.serve = refuse
+    answer = chat(server, messages=[{"role": "user", "content": "x" * (8 << 20)}])
+    assert answer.status == 400 and answer.json()["error"]["message"] == "too large for Ollama"
 
 
 def test_native_line_without_done_is_no_end(start):
@@ -1494,6 +1550,26 @@ def test_unknown_field_that_is_half_an_emoji_is_named(start):
     assert answer.status == 200 and answer.headers["X-Ignored-Fields"] == "%5Cud83d"
 
 
+def test_nesting_that_can_be_read_but_not_written_is_no_fault_of_the_proxy(start):
+    server, _ = start(RECORDED["length"])
+    low, high = 1, 100_000  # the deepest nesting that still goes through; then its neighbours
+    def status(depth):
+        body = b'{"model":"m","messages":[],"options":{"x":' + b"[" * depth + b"]" * depth + b"}}"
+        return call(server, "POST", "/v1/chat/completions", body).status
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if status(middle) == 200 else (low, middle)
+    assert {status(depth) for depth in range(high, high + 12)} == {400}
+
+
+def test_many_tool_calls_and_long_answers_take_linear_time():
+    calls = [{"id": f"c{i}", "function": {"name": "f", "arguments": {}}} for i in range(40_000)]
+    s = new_stream()
+    chunks = s.feed({"message": {"tool_calls": calls}}) + s.feed({"done": True})
+    whole = fold_chunks(chunks)["choices"][0]["message"]
+    assert len(whole["tool_calls"]) == 40_000
+
+
 def test_path_that_is_not_ascii_is_a_400(start):
     server, _ = start()
     assert raw(server, "GET /api/tags?é HTTP/1.1\r\n\r\n".encode()).startswith(b"HTTP/1.1 400 ")
@@ -1574,6 +1650,15 @@ def test_demo_obeys_a_schema_and_calls_the_tool_that_it_is_given(demo):
         message = fold_chunks(chat(demo, model=model, tools=tools, tool_choice=choice).chunks())
         call = message["choices"][0]["message"]["tool_calls"][0]["function"]
         assert call["name"] == "paint" and json.loads(call["arguments"]) == value
+
+
+@pytest.mark.parametrize("fields", [
+    {"format": "xml"}, {"format": {"$ref": "#"}}, {"format": {"$ref": 5}},
+    {"format": {"type": "array", "items": 5}}, {"tools": [5]}, {"messages": "x"},
+    {"messages": [{"role": "tool"}]}])
+def test_demo_refuses_what_is_too_odd_for_it(demo, fields):
+    answer = call(demo, "POST", "/api/chat", {"model": "demo-tool", **fields})
+    assert answer.status == 400 and "too odd" in answer.json()["error"]
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model":["a"]}', b'{"model":"demo-text",'
@@ -1657,6 +1742,8 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--idle-timeout", "0"], {}, "--idle-timeout"),
     (["--idle-timeout", "nan"], {}, "--idle-timeout"),
     (["--nosuch"], {}, "--nosuch"),
+    (["--upstream", "http://127.0.0.1:1/é"], {}, "--upstream"),
+    (["--demo", "--listen", "127.0.0.1:0"], {"OLLAMA_API_KEY": "a\nb"}, "OLLAMA_API_KEY"),
     ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "--idle-timeout"),
     ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "--demo"),
 ])

@@ -23,9 +23,9 @@ The way of the data:
     client --HTTP--> ProxyHandler -- to_ollama_chat --> Upstream --HTTP--> Ollama
     client <--SSE--- ProxyHandler <- sse_event <- ChatStream <- NdjsonDecoder <- read1() <- NDJSON
 
-The middle (sections 3 to 6) never sees a socket, a clock or a random number, so you can read
-it, test it and paste it elsewhere on its own, with the imports, MAX_LINE_BYTES and section 2 for its
-errors. A translated stream ends in exactly one of two ways: a finish_reason and `[DONE]`, or an
+The middle (sections 3 to 6) never sees a socket, a clock or a random number, so you can read it,
+test it and paste it elsewhere on its own (with the imports, MAX_LINE_BYTES and section 2 for its
+errors). A translated stream ends in exactly one of two ways: a finish_reason and `[DONE]`, or an
 error frame. An answer that was cut is never passed off as a whole one.
 
 What it does not do: no TLS, no authentication (it listens on this machine only, unless told
@@ -39,14 +39,20 @@ import argparse
 import base64
 import calendar
 import contextlib
+import hashlib
+import hmac
 import http.client
 import http.server
+import io
+import ipaddress
 import json
 import os
 import re
+import runpy
 import signal
 import socket
 import socketserver
+import ssl
 import sys
 import threading
 import time
@@ -70,6 +76,8 @@ READ_BYTES = 64 * 1024  # at most this much in one read: several times what a mo
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file; a line that never ends may not grow
 MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures in it
 MAX_ERROR_BYTES = 64 * 1024  # of an upstream's error page; nobody reads more
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; browsers send a few KiB
+MAX_HEADERS = 100  # as many as http.client would take
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields: clients stop reading headers somewhere above 8 KiB
 CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
 CLIENT_SECONDS = 60.0  # a client's silence, within a request or between two, and its unread data
@@ -82,7 +90,20 @@ class Config(NamedTuple):
     listen: urllib.parse.SplitResult = urllib.parse.urlsplit("http://127.0.0.1:11435")
     upstream: urllib.parse.SplitResult = urllib.parse.urlsplit("http://127.0.0.1:11434")
     demo: bool = False
+    api_key: tuple[tuple[str, str], ...] = ()
+    api_key_file: str = ""
+    insecure: bool = False
+    allowed_host: tuple[str, ...] = ()
+    cors_origin: tuple[str, ...] = ()
+    allow_admin: bool = False
+    tls_cert: str = ""
+    tls_key: str = ""
+    alias: tuple[tuple[str, str], ...] = ()
+    option: tuple[tuple[str, Any], ...] = ()
+    keep_alive: str | float | None = None
     allow_truncation: bool = False
+    hooks: str = ""
+    log: str = "text"
     idle_timeout: float = 600.0
 
 
@@ -385,7 +406,7 @@ def refused(why: str, *harmless: Any) -> Field:
 
 HINT: Field = ("any", "", lambda value, param: None)  # without effect on a local model
 
-RESPONSE_FORMATS = {"text": None, "json_object": "json", "json_schema": "schema"}
+RESPONSE_FORMATS = {"text": "", "json_object": "json", "json_schema": "schema"}
 ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
 ROLES["developer"] = "system"
 EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
@@ -421,7 +442,7 @@ def to_effort(value: Json, param: str) -> Any:
 
 
 def to_format(value: Json, param: str) -> Any:
-    """response_format to Ollama's format: None for plain text, "json", or a JSON schema."""
+    """response_format to Ollama's format: "" for plain text, "json", or a JSON schema."""
     native = one_of(RESPONSE_FORMATS)(part(value, "type", "string", param), f"{param}.type")
     if native != "schema":
         return native
@@ -431,13 +452,16 @@ def to_format(value: Json, param: str) -> Any:
 
 def to_usage_wish(value: Json, param: str) -> bool:
     """stream_options to whether a usage chunk is wanted."""
-    return "include_usage" in value and bool(part(value, "include_usage", "boolean", param))
+    wish = value.get("include_usage")
+    return wish is not None and bool(expect(wish, "boolean", f"{param}.include_usage"))
 
 
 def to_function_name(tool: Json, where: str) -> str:
     """The name in {"type": "function", "function": {"name": ...}}; Ollama has no other tools."""
     one_of({"function": True})(part(tool, "type", "string", where), f"{where}.type")
-    return str(part(part(tool, "function", "object", where), "name", "string", f"{where}.function"))
+    function = part(tool, "function", "object", where)
+    return str(part(function, "name", "string", f"{where}.function")) or str(
+        one_of({})("", f"{where}.function.name"))
 
 
 def to_tools(tools: list[Any], param: str) -> list[Any]:
@@ -571,7 +595,7 @@ CHAT_FIELDS: dict[str, Field] = {
     "response_format":       ("object",            "format",               to_format),
     "tools":                 ("array",             "tools",                to_tools),
     "tool_choice":           ("string or object",  "reply.tool_choice",    None),
-    "parallel_tool_calls":   ("boolean",           "reply.parallel",       None),
+    "parallel_tool_calls":   ("boolean", "reply.max_calls", lambda v, p: None if v else 1),
     **dict.fromkeys((
         "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "verbosity", "service_tier"), HINT),
@@ -628,8 +652,9 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
         ignored += map_fields(MESSAGE_FIELDS, message, native[-1], where + ".")
         for call in native[-1].get("tool_calls", ()):
             called[call["id"]] = call["function"]["name"]
-        if native[-1].get("tool_call_id") in called:
-            native[-1]["tool_name"] = called[native[-1]["tool_call_id"]]
+        name = called.get(native[-1].get("tool_call_id", ""), message.get("name"))
+        if native[-1]["role"] == "tool" and name:
+            native[-1]["tool_name"] = expect(name, "string", where + ".name")
     return native
 
 
@@ -638,22 +663,41 @@ def choose_tools(native: Json, choice: Any, reply: Json) -> None:
     tools = native.pop("tools", [])
     names, mode = [to_function_name(tool, "tools") for tool in tools], choice
     if isinstance(choice, dict):
-        wanted, mode = [choice], "required"
+        mode, where = "required", "tool_choice.allowed_tools"
         if choice.get("type") == "allowed_tools":
             allowed = part(choice, "allowed_tools", "object", "tool_choice")
-            wanted = part(allowed, "tools", "array", "tool_choice")
-            mode = part(allowed, "mode", "string", "tool_choice")
-        chosen = {to_function_name(tool, where) for where, tool in each(wanted, "tool_choice")}
+            mode = part(allowed, "mode", "string", where)
+            wanted = each(part(allowed, "tools", "array", where), f"{where}.tools")
+            chosen = {to_function_name(tool, place) for place, tool in wanted}
+        else:
+            chosen = {to_function_name(choice, "tool_choice")}
         for name in chosen.difference(names):
             raise ProxyError(400, f"'tool_choice' names {name[:60]!r}, which is no name in 'tools'",
                              "tool_choice")
         tools = [tool for tool, name in zip(tools, names) if name in chosen]
     if one_of({"none": 0, "auto": 0, "required": 1})(mode, "tool_choice"):
         if not tools:
-            raise ProxyError(400, "'tool_choice' wants a call, but 'tools' has none", "tool_choice")
+            raise ProxyError(400, "'tool_choice' wants a call, but leaves no tools", "tool_choice")
         force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools}, reply)
-    elif tools and mode == "auto":
+    elif mode == "none":
+        reply["max_calls"] = 0  # some models call tools that they have only read about
+    elif tools:
         native["tools"] = tools
+
+
+def move_references(schema: Any, root: str) -> Any:
+    """A JSON schema for another place: what it says of its own root ("#") it says of `root`.
+
+    >>> move_references({"items": {"$ref": "#/$defs/T"}}, "#/$defs/0")
+    {'items': {'$ref': '#/$defs/0/$defs/T'}}
+    """
+    if isinstance(schema, list):
+        return [move_references(item, root) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {name: root + value[1:] if name == "$ref" and isinstance(value, str) and value[:1] == "#"
+            else value if name in ("const", "enum", "default", "examples")
+            else move_references(value, root) for name, value in schema.items()}
 
 
 def force_call(native: Json, functions: Json, reply: Json) -> None:
@@ -666,10 +710,10 @@ def force_call(native: Json, functions: Json, reply: Json) -> None:
     schemas, definitions = [], {}
     for i, (name, function) in enumerate(functions.items()):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
-        if len(functions) > 1:  # "$ref" counts from the root of what is sent: move what it finds
-            schema = parse_object(to_json(schema).replace('"#/$defs/', f'"#/$defs/{i}.'))
-            for key, value in schema.pop("$defs", {}).items():
-                definitions[f"{i}.{key}"] = value
+        if len(functions) > 1:
+            if '"$ref":"#' in to_json(schema):  # which counts from the root of what is sent
+                definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
+                schema = {"$ref": f"#/$defs/{i}"}
             schema = {"type": "object", "required": ["name", "arguments"],
                       "properties": {"name": {"const": name}, "arguments": schema}}
         schemas.append(schema)
@@ -687,7 +731,7 @@ class NativeRequest(NamedTuple):
 
     path: str
     body: Json
-    reply: Json  # stream, include_usage, n, effort, parallel, forced: each if sent
+    reply: Json  # stream, include_usage, n, effort, max_calls, forced: each if sent
     ignored: list[str]  # fields that nothing was done with
 
 
@@ -763,7 +807,7 @@ class ChatStream:
                          "system_fingerprint": "fp_ollama"}
         self._index = index
         self._forced = (reply or {}).get("forced")  # a function's name, or "" if there are several
-        self._max_calls = 1 if (reply or {}).get("parallel") is False else 1 << 30
+        self._max_calls = (reply or {}).get("max_calls", 1 << 30)
         self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is whole
 
@@ -903,9 +947,14 @@ class TextStream(ChatStream):
                                   for top in member(t, "top_logprobs", list)} for t in tokens]}
 
 
+def count_tokens(streams: list[ChatStream]) -> tuple[int, int]:
+    """The tokens of all prompts and all answers."""
+    return sum(s.tokens[0] for s in streams), sum(s.tokens[1] for s in streams)
+
+
 def usage_chunk(streams: list[ChatStream]) -> Json:
     """The last chunk, if it is wanted: the tokens of all choices."""
-    prompt, completion = (sum(stream.tokens[i] for stream in streams) for i in (0, 1))
+    prompt, completion = count_tokens(streams)
     return {**streams[0].envelope, "choices": [], "usage": {
         "prompt_tokens": prompt, "completion_tokens": completion,
         "total_tokens": prompt + completion}}
@@ -1005,6 +1054,179 @@ def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
     yield SSE_DONE
 
 
+# ---- 7. Authenticate, shape, observe: what the proxy is for, each with its hook ----------------
+# Who may call; what is sent on; what happened. Each is one small object here, called from one
+# place in section 10, and each can be replaced or extended by a function in --hooks FILE.py.
+
+
+def parse_key(line: str) -> tuple[str, str]:
+    """[NAME:]KEY to its name and key.
+
+    >>> parse_key("alice:sk-0123456789"), parse_key("sk-0123456789")
+    (('alice', 'sk-0123456789'), ('', 'sk-0123456789'))
+    """
+    name, _, key = line.strip().rpartition(":")
+    if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
+        raise ValueError("a key must be [NAME:]KEY, the key of 8 to 200 visible ASCII characters")
+    return name, key
+
+
+class Keys:
+    """Who may call: keys from the command line, and from a file that is read anew if it changes."""
+
+    def __init__(self, given: Iterable[tuple[str, str]], path: str) -> None:
+        self._given, self._path = list(given), path
+        self._stamp: object = "never read"  # of the file as it was read last
+        self._digests: list[tuple[str, bytes]] = []
+        self._complaint = ""
+        self._load()
+
+    def __bool__(self) -> bool:
+        """Are keys asked for? Also when the file has none left: then nobody may call."""
+        return bool(self._given or self._path)
+
+    def caller(self, presented: str) -> str | None:
+        """The name of a key's owner, or None. Takes the same time for each wrong key."""
+        try:
+            self._load()
+        except (OSError, ValueError) as error:
+            if str(error) != self._complaint:
+                self._complaint = str(error)
+                say(f"warning: the old keys stay in force: {self._path}: {error}")
+        digest = hashlib.sha256(presented.encode("utf-8", "replace")).digest()
+        owners = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
+        return owners[0] if owners else None
+
+    def _load(self) -> None:
+        """Read the file, if it has changed. On OSError or ValueError the old keys stay."""
+        status = os.stat(self._path) if self._path else None
+        stamp = status and (status.st_mtime_ns, status.st_size, status.st_ino)
+        if stamp == self._stamp:
+            return
+        keys = list(self._given)
+        if self._path:
+            with open(self._path, encoding="utf-8") as file:
+                keys += [parse_key(line) for line in file if line.strip() and line[0] != "#"]
+        self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
+                         for i, (name, key) in enumerate(keys, 1)]
+        self._stamp, self._complaint = stamp, ""
+
+
+class Hooks:
+    """The functions of --hooks FILE.py: authenticate(headers), shape(route, body, caller) and
+    observe(record), each if it is there. They are called from many threads at once."""
+
+    def __init__(self, path: str) -> None:
+        # So that a hook's `from ndjson_sse_proxy import ProxyError` finds this program, running.
+        sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
+        self._names: Json = {}
+        if path:
+            self._names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks")
+
+    def __contains__(self, name: str) -> bool:
+        return callable(self._names.get(name))
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """What the hook returns. A ProxyError that it raises is its refusal; another fault is ours
+        to survive, and ends as a 500."""
+        return self._names[name](*arguments)
+
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
+METRICS = {  # name after ndjson_sse_proxy_: type, help
+    "requests_total": ("counter", "Requests, by route and status."),
+    "active_requests": ("gauge", "Requests under way."),
+    "tokens_total": ("counter", "Tokens that Ollama counted, by model and kind."),
+    "client_hangups_total": ("counter", "Clients that left before the end of their answer."),
+    "upstream_errors_total": ("counter", "Failures of the upstream, by kind."),
+    "first_token_seconds": ("histogram", "Time to the first token."),
+    "request_seconds": ("histogram", "Time to the end of the answer."),
+}
+MAX_MODEL_LABELS = 100  # so many models have a label of their own; the others share "other"
+
+
+class Metrics:
+    """Counters and histograms in Prometheus' text format. Labels come from sets that can't grow
+    at a client's will: the routes, the statuses, and models that Ollama has answered for."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+        self._models: set[str] = set()
+        self.add("active_requests", 0)
+        self.add("client_hangups_total", 0)
+
+    def add(self, name: str, amount: float = 1, **labels: Any) -> None:
+        """Count something, or change a gauge."""
+        key = ",".join(f'{label}="{escape_label(str(value))}"' for label, value in labels.items())
+        with self._lock:
+            self._values[name][key] = self._values[name].get(key, 0) + amount
+
+    def time(self, name: str, seconds: float) -> None:
+        """Put a time into a histogram, whose buckets each count what is not above them."""
+        with self._lock:
+            values = self._values[name]
+            for limit in (*SECONDS, float("inf")):
+                label = f'_bucket{{le="{"+Inf" if limit > SECONDS[-1] else limit}"}}'
+                values[label] = values.get(label, 0) + (seconds <= limit)
+            values["_sum"] = values.get("_sum", 0) + seconds
+            values["_count"] = values.get("_count", 0) + 1
+
+    def model(self, name: str) -> str:
+        """The label for a model."""
+        with self._lock:
+            if len(self._models) < MAX_MODEL_LABELS:
+                self._models.add(name)
+            return name if name in self._models else "other"
+
+    def text(self) -> str:
+        """The page for Prometheus."""
+        lines = []
+        with self._lock:
+            for name, (kind, text) in METRICS.items():
+                name_there = f"ndjson_sse_proxy_{name}"
+                lines += [f"# HELP {name_there} {text}", f"# TYPE {name_there} {kind}"]
+                for key, value in self._values[name].items():
+                    key = key if kind == "histogram" else "{" + key + "}" if key else ""
+                    lines.append(f"{name_there}{key} {value:.15g}")
+        return "\n".join(lines) + "\n"
+
+    def record(self, record: Json) -> None:
+        """Count a request that has ended; the record is that of Observer."""
+        self.add("requests_total", route=record["route"], status=record["status"])
+        if record["end"] == "client hang-up":
+            self.add("client_hangups_total")
+        if str(record["error"]).startswith("upstream_"):
+            self.add("upstream_errors_total", kind=record["error"][len("upstream_"):])
+        if record["completion_tokens"] is not None:
+            model = self.model(record["model"])
+            self.add("tokens_total", record["prompt_tokens"] or 0, model=model, kind="prompt")
+            self.add("tokens_total", record["completion_tokens"], model=model, kind="completion")
+        if record["first_token_seconds"] is not None:
+            self.time("first_token_seconds", record["first_token_seconds"])
+        self.time("request_seconds", record["seconds"])
+
+
+def escape_label(text: str) -> str:
+    r"""A label's value, as Prometheus wants it quoted.
+
+    >>> print(escape_label('a"b'))
+    a\"b
+    """
+    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def log_line(record: Json) -> str:
+    """A record for people: what is there, and nothing a terminal would obey.
+
+    >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m", "caller": None})
+    'T end=done status=200 model=m'
+    """
+    words = [f"{name}={value if isinstance(value, (int, str)) else to_json(value)}"
+             for name, value in record.items() if name != "time" and value not in (None, [])]
+    return " ".join([record["time"], *words]).encode("unicode_escape").decode("ascii")
+
+
 # ---- 8. Upstream: the only section that touches http.client ------------------------------------
 
 
@@ -1088,6 +1310,8 @@ class UpstreamAnswer:
         if self.status < 200 or encoding.lower() != "chunked":
             raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}")
         self.content_type = response.getheader("Content-Type") or "application/octet-stream"
+        retry = response.getheader("Retry-After")
+        self.headers = [("Retry-After", retry)] if retry else []
         length = response.getheader("Content-Length", "")  # "": as long as the connection lasts
         self.length = int(length) if length.isdigit() and not response.chunked else None
 
@@ -1130,7 +1354,9 @@ class UpstreamAnswer:
         except ValueError:  # 404 page not found; a redirect; some proxy's HTML
             what = f"status {self.status}, {show(body)}. Is that an Ollama?"
             raise broken_upstream(what) from None
-        raise upstream_error(value, self.status if self.status >= 400 else 502)
+        error = upstream_error(value, self.status if self.status >= 400 else 502)
+        error.headers = self.headers
+        raise error
 
 
 # ---- 10. Downstream: the HTTP server that clients talk to --------------------------------------
@@ -1147,14 +1373,85 @@ CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=
                                parse_float=finite, parse_int=bounded)
 
 
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(TOKEN + rb"{1,40} [!-~]+ HTTP/(\d{1,3}\.\d{1,3})\r\n")
+HEADER_LINE = re.compile(
+    b"(" + TOKEN + rb"+):[ \t]*((?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)[ \t]*\r\n")
+ONCE_ONLY = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization",
+             b"x-api-key", b"origin")
+
+
+def read_head(first: bytes, readline: Callable[[int], bytes]) -> bytes:
+    """The headers that follow the request line `first`, up to and with the blank line.
+
+    http.server takes two lengths, a length of +2, folded lines, a bare CR and more; a proxy in
+    front of this one may read the same bytes otherwise, and what is one request there would be two
+    here (request smuggling). So whatever is not plainly right is refused. Raises ProxyError.
+    """
+    line = REQUEST_LINE.fullmatch(first)
+    if not line:
+        raise ProxyError(400, "the request line is not METHOD /path HTTP/1.1")
+    if line[1] not in (b"1.0", b"1.1"):
+        raise ProxyError(505, "the version of HTTP must be 1.0 or 1.1")
+    lines: list[bytes] = []
+    headers: dict[bytes, bytes] = {}
+    size = 0
+    while not lines or lines[-1] != b"\r\n":
+        lines.append(readline(MAX_HEAD_BYTES))
+        size += len(lines[-1])
+        if size >= MAX_HEAD_BYTES or len(lines) > MAX_HEADERS + 1:
+            raise ProxyError(431, "too many headers, or too long ones")
+        header = HEADER_LINE.fullmatch(lines[-1])
+        if not header and lines[-1] != b"\r\n":
+            raise ProxyError(400, f"no header line: {show(lines[-1])}")
+        if header:
+            name = header[1].lower()
+            if name in headers and name in ONCE_ONLY:
+                raise ProxyError(400, f"the header {name.decode()} is there twice")
+            headers[name] = header[2]
+    if not re.fullmatch(b"[0-9]{1,18}", headers.get(b"content-length", b"0")):
+        raise ProxyError(400, "the Content-Length is no number")
+    if b"transfer-encoding" in headers:
+        raise ProxyError(400 if b"content-length" in headers else 411,
+                         "chunked bodies are not read; send a Content-Length instead")
+    if line[1] == b"1.1" and b"host" not in headers:
+        raise ProxyError(400, "the Host header is missing")
+    return b"".join(lines)
+
+
 class JsonHandler(http.server.BaseHTTPRequestHandler):
-    """What http.server lacks for streaming JSON: settings first, then helpers to write with."""
+    """What http.server lacks: a strict reading of the head, and helpers to write with."""
 
     protocol_version = "HTTP/1.1"  # keep-alive and chunked bodies; the default is 1.0
     disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
-    default_request_version = "HTTP/1.0"  # the default, 0.9, would answer without a status
+    request_version = "HTTP/1.0"  # until a request has said its own
     timeout = CLIENT_SECONDS  # the default waits for ever
+    raw_requestline: bytes
     head_sent = chunked = False  # too late for a status? is the body's length unknown?
+
+    def setup(self) -> None:
+        """The base class's, and the TLS handshake, under the connection's time limit."""
+        super().setup()
+        if isinstance(self.connection, ssl.SSLSocket):
+            self.connection.do_handshake()
+
+    def parse_request(self) -> bool:
+        """Read the head strictly, then let the base class parse the same bytes."""
+        try:
+            head = read_head(self.raw_requestline, self.rfile.readline)
+        except ProxyError as error:
+            self.close_connection = True  # where the next request would begin is anybody's guess
+            self.refuse(error)
+            return False
+        stream, self.rfile = self.rfile, io.BytesIO(head)
+        try:
+            return super().parse_request()
+        finally:
+            self.rfile = stream
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer a request that is none."""
+        self.send_json(error.status, error.body(), error.headers)
 
     def start(self, status: int, content_type: str, length: int | None = None,
               headers: Iterable[tuple[str, str]] = ()) -> None:
@@ -1193,12 +1490,10 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
 
     def read_body(self) -> bytes:
         """The request's body. Raises ProxyError 400, 411 or 413; then it has not been read."""
-        lengths = self.headers.get_all("Content-Length", [])
-        if "Transfer-Encoding" in self.headers or not lengths and self.command == "POST":
-            raise ProxyError(411, "the body needs a Content-Length (chunked bodies are not read)")
-        if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", "".join(lengths) or "0"):
-            raise ProxyError(400, "Content-Length must be given once, and be a number")
-        length = int("".join(lengths) or "0")
+        length_text = self.headers.get("Content-Length")
+        if length_text is None and self.command == "POST":
+            raise ProxyError(411, "the body needs a Content-Length")
+        length = int(length_text or 0)
         if length > MAX_BODY_BYTES:
             raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
         body = self.rfile.read(length)
@@ -1218,8 +1513,21 @@ class ProxyHandler(JsonHandler):
     def handle_one_request(self) -> None:
         """The base class's, with nothing left over from the request before on this connection."""
         self.head_sent = self.chunked = self.sending_events = False
-        self.request_id = "req_" + os.urandom(12).hex()
+        self.command = self.origin = ""
+        self.record: Json = dict.fromkeys(RECORD_NAMES)
+        self.record.update(id="req_" + os.urandom(12).hex(), route="none")
         super().handle_one_request()
+
+    def parse_request(self) -> bool:
+        """The clock starts with the request line, and not before: the client may have idled."""
+        self.started = time.monotonic()
+        return super().parse_request()
+
+    def refuse(self, error: ProxyError) -> None:
+        """Answer a request that is none."""
+        self.fail(error)
+        self.observe()
+        self.linger()
 
     def dispatch(self) -> None:
         """Run the route's method. What goes wrong in it is said once, or ends the connection.
@@ -1228,42 +1536,110 @@ class ProxyHandler(JsonHandler):
         upstream's connection is closed, and Ollama stops.
         """
         keep_alive, self.close_connection = not self.close_connection, True
+        self.server.metrics.add("active_requests")
         try:
-            route = self.find_route()
+            route = self.admit()
             self.body = self.read_body()
             self.close_connection = not keep_alive  # all that was sent is read: more may follow
             route(self)
+            refused = (self.record["status"] or 0) >= 400  # by Ollama, in words passed through
+            self.record["end"] = self.record["end"] or ("error" if refused else "done")
         except ProxyError as error:
             self.fail(error)
         except OSError:  # upstream's are ProxyErrors; so the client is gone, and nobody to tell
+            self.record["end"] = self.record["end"] or "client hang-up"
             self.close_connection = True
         except Exception:  # noqa: BLE001  the thread's boundary: our own fault must not be silent
-            traceback.print_exc()
+            say(traceback.format_exc())
             self.fail(ProxyError(500, "internal error of the proxy; its log says more"))
+        self.server.metrics.add("active_requests", -1)
+        self.observe()
+        self.linger()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
-    def find_route(self) -> Callable[[ProxyHandler], None]:
-        """The method for this request. Raises ProxyError 403, 404 or 405, with a hint."""
+    # --- who may come in, and where to ---
+
+    def admit(self) -> Callable[[ProxyHandler], None]:
+        """The method for this request, if its Host, its Origin and its key are right."""
         self.path = self.requestline.split()[1]  # the base class changes a // at its start
-        if not re.fullmatch("[!-~]+", self.path):
-            raise ProxyError(400, "the path must be ASCII, with anything else percent-encoded")
+        self.record["method"] = self.command
+        self.check_host()
+        self.check_origin()
+        if self.command == "OPTIONS" and self.origin:
+            return ProxyHandler.preflight
+        if self.path.partition("?")[0] not in ("/", "/healthz"):
+            self.record["caller"] = self.authenticate()
         if self.server.via in self.headers.get("Via", ""):
             raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
                              "place with --upstream URL", code="upstream_loop")
+        return self.find_route()
+
+    def check_host(self) -> None:
+        """A page of another site can make its own name mean 127.0.0.1 (DNS rebinding) and so talk
+        to us as to its own server; but then its name stands in the Host header."""
+        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?",
+                             self.headers.get("Host", "-"), re.ASCII)
+        if not match:
+            raise ProxyError(400, "the Host header is no host")
+        host = match[1].strip("[]").lower()
+        known = ("localhost", "127.0.0.1", "::1", "-", self.connection.getsockname()[0],
+                 self.server.config.listen.hostname, *self.server.config.allowed_host)
+        if host not in known and not host.endswith(".localhost"):
+            raise ProxyError(403, f"the Host {host} is not known; --allowed-host {host} allows it")
+
+    def check_origin(self) -> None:
+        """Browsers let any page send simple POSTs anywhere; the page's site is in Origin."""
+        origin, allowed = self.headers.get("Origin"), self.server.config.cors_origin
+        if origin is None:
+            return
+        own = origin.partition("://")[2] == self.headers.get("Host")
+        if not (own or LOCAL_ORIGIN.fullmatch(origin) or origin in allowed or "*" in allowed):
+            raise ProxyError(403, f"pages of {origin[:200]} may not call; --cors-origin lets them")
+        self.origin = origin
+
+    def authenticate(self) -> str | None:
+        """The caller's name. Raises ProxyError 401."""
+        refusal = ProxyError(401, "the API key is missing or wrong", code="invalid_api_key",
+                             headers=[("WWW-Authenticate", "Bearer")])
+        if "authenticate" in self.server.hooks:
+            try:
+                return str(self.server.hooks.call("authenticate", self.headers))
+            except PermissionError as error:
+                refusal.message = str(error) or refusal.message
+                raise refusal from None
+        if not self.server.keys:
+            return None
+        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = self.headers.get("x-api-key", "")
+        caller = self.server.keys.caller(key.strip())
+        if caller is None:
+            raise refusal
+        return caller
+
+    def find_route(self) -> Callable[[ProxyHandler], None]:
+        """The method for this path. Raises ProxyError 403, 404 or 405, with a hint."""
         path, _, query = self.path.partition("?")
+        coded_slash = "%2f" in path.lower() and not path.startswith("/v1/models/")
         path = urllib.parse.unquote(path)
         self.target = path + ("?" + query if query else "")
-        known = path if path in ROUTES else next(
-            (key for key in ROUTES if key.endswith("/*") and re.match(key[:-1] + ".", path)), "")
+        known = path if path in ROUTES else next((key for key in ROUTES if key.endswith(
+            "/*") and path.startswith(key[:-1]) and (key == "/v1/models/*" or re.fullmatch(
+                r"[\w:-]+", path[len(key) - 1:], re.ASCII))), "")
         self.rest = path[len(known) - 1:]  # what a * stands for
+        if not self.rest or coded_slash:
+            known = ""
         methods = ROUTES.get(known, {})
+        self.record["route"] = known or "none"
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
+        if self.command in methods and self.server.config.allow_admin:
+            route = route or ProxyHandler.passthrough
         if route:
             return route
         if self.command in methods:
-            raise ProxyError(403, f"{self.command} {known} changes what Ollama has; it is not let "
-                             "through", code="admin_route")
+            raise ProxyError(403, f"{self.command} {known} changes what Ollama has; only with "
+                             "--allow-admin is it let through", code="admin_route")
         if methods:
             allow = ", ".join(methods)
             raise ProxyError(405, f"{known} takes {allow} only", headers=[("Allow", allow)])
@@ -1276,9 +1652,30 @@ class ProxyHandler(JsonHandler):
 
     def root(self) -> None:
         """GET and HEAD /: the `ollama` program asks here whether anybody is there."""
-        text = f"ndjson_sse_proxy {__version__}: base_url is {self.server.url}/v1\n".encode()
-        self.start(200, "text/plain; charset=utf-8", len(text))
-        self.write(text)
+        self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.server.url}/v1\n")
+
+    def preflight(self) -> None:
+        """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
+        methods = "GET, POST, OPTIONS" + ", DELETE" * self.server.config.allow_admin
+        self.start(200, "text/plain", 0, [
+            ("Access-Control-Allow-Methods", methods), ("Access-Control-Max-Age", "600"),
+            ("Access-Control-Allow-Headers", ", ".join(CORS_HEADERS))])
+
+    def healthz(self) -> None:
+        """GET /healthz: the proxy is alive."""
+        self.send_text("ok\n")
+
+    def readyz(self) -> None:
+        """GET /readyz: Ollama answers, and in which version. 503 if it does not."""
+        try:
+            version = self.server.upstream.json("GET", "/api/version").get("version")
+        except ProxyError as error:
+            raise ProxyError(503, error.message, code=error.code) from error
+        self.send_json(200, {"ready": True, "ollama": version})
+
+    def metrics(self) -> None:
+        """GET /metrics."""
+        self.send_text(self.server.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
     def chat(self) -> None:
         """POST /v1/chat/completions."""
@@ -1296,8 +1693,10 @@ class ProxyHandler(JsonHandler):
         try:
             body = parse_object(self.body, CLIENT_JSON)
         except ValueError as error:
-            raise ProxyError(400, f"the body must be a JSON object: {error}") from None
+            raise ProxyError(400, f"the body can't be read as a JSON object: {error}") from None
+        body = self.shape(body)
         request = to_request(body, self.server.config.allow_truncation)
+        self.record["ignored"] = request.ignored
         with contextlib.closing(self.chunks(request, kind)) as chunks:
             if request.reply.get("stream"):
                 self.send_events(chunk_frames(chunks), request.ignored)
@@ -1310,16 +1709,19 @@ class ProxyHandler(JsonHandler):
         streams: list[ChatStream] = []
         stream_id, created = kind.id_prefix + os.urandom(9).hex(), int(time.time())
         for index in range(request.reply.get("n", 1)):
-            streams.append(kind(request.body["model"], stream_id, created, request.reply, index))
+            streams.append(kind(self.record["model"], stream_id, created, request.reply, index))
             with contextlib.closing(self.ask(request, index)) as answer:
-                yield from translate(answer.pieces(), streams[-1])
+                for chunk in translate(answer.pieces(), streams[-1]):
+                    self.note_first_token()
+                    yield chunk
+            self.record["prompt_tokens"], self.record["completion_tokens"] = count_tokens(streams)
         if request.reply.get("include_usage") or not request.reply.get("stream"):
             yield usage_chunk(streams)
 
     def ask(self, request: NativeRequest, index: int) -> UpstreamAnswer:
         """Ollama's answer for one choice. Raises ProxyError if it refuses."""
         body = request.body
-        if index and "seed" in body["options"]:  # the same seed would give the same answer again
+        if index and body["options"].get("seed", -1) >= 0:  # or all choices would be the same
             body = {**body, "options": {**body["options"], "seed": body["options"]["seed"] + index}}
         answer = self.server.upstream.request("POST", request.path, to_bytes(body))
         try:
@@ -1346,34 +1748,120 @@ class ProxyHandler(JsonHandler):
     def passthrough(self) -> None:
         """Ollama's own formats, byte for byte, or on request each line of NDJSON as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
-        body = self.body if self.command == "POST" else None
+        body = self.shape_native() if self.command == "POST" else self.body or None
         with contextlib.closing(self.server.upstream.request(
                 self.command, self.target, body, headers)) as answer:
             framed = "text/event-stream" in self.headers.get("Accept", "")
             if framed and answer.status == 200 and self.target.startswith("/api/"):
                 needs_done = self.target.startswith(("/api/chat", "/api/generate"))
-                self.send_events(raw_frames(answer.pieces(), needs_done))
+                self.send_events(raw_frames(self.watched(answer), needs_done))
             else:
-                self.start(answer.status, answer.content_type, answer.length)
-                for piece in answer.pieces():
+                self.start(answer.status, answer.content_type, answer.length, answer.headers)
+                for piece in self.watched(answer):
                     self.write(piece)
                 self.finish_body()
+
+    def watched(self, answer: UpstreamAnswer) -> Iterator[bytes]:
+        """The pieces of an answer that is passed through; the counts at its end are noted."""
+        tail = b""
+        try:
+            for piece in answer.pieces():
+                self.note_first_token()
+                tail = (tail + piece)[-TAIL_BYTES:]
+                yield piece
+        finally:  # raw_frames() reads no further than the record that says done
+            for name, pattern in TOKEN_COUNTS.items():
+                found = pattern.findall(tail)
+                if found and answer.status == 200:
+                    self.record[name] = int(found[-1])
 
     def models(self) -> None:
         """GET /v1/models: /api/tags in OpenAI's form, with what Ollama knows beyond it."""
         tags = self.server.upstream.json("GET", "/api/tags")
         models = [to_openai_model(tag) for tag in member(tags, "models", list)]
+        models += [{**model, "id": name} for name, target in self.server.aliases.items()
+                   for model in models if model["id"] in (target, target + ":latest")]
         self.send_json(200, {"object": "list", "data": models})
 
     def model(self) -> None:
         """GET /v1/models/{id}: one of them, from /api/show. The id may contain slashes."""
-        show = self.server.upstream.json("POST", "/api/show", {"model": self.rest})
-        lengths = [value for name, value in member(show, "model_info", dict).items()
-                   if name.endswith(".context_length")]
+        show = self.server.upstream.json("POST", "/api/show", {
+            "model": self.server.aliases.get(self.rest, self.rest)})
+        info = member(show, "model_info", dict)
+        length = info.get(f"{info.get('general.architecture')}.context_length")
         self.send_json(200, to_openai_model({
-            **show, "name": self.rest, **({"context_length": lengths[0]} if lengths else {})}))
+            **show, "name": self.rest, **({"context_length": length} if length else {})}))
+
+    # --- shape and observe ---
+
+    def shape(self, body: Json) -> Json:
+        """What the client sent, as the hook, the aliases and the defaults will have it. Answers
+        and the log go by the name of the model that the client used."""
+        self.record["model"] = str(body.get("model"))
+        if "shape" in self.server.hooks:
+            changed = self.server.hooks.call("shape", self.record["route"], body,
+                                             self.record["caller"])
+            body = body if changed is None else changed
+        config = self.server.config
+        model, options = body.get("model"), body.get("options") or {}
+        if isinstance(model, str) and model in self.server.aliases:
+            body = {**body, "model": self.server.aliases[model]}
+        if self.record["route"] in TAKE_OPTIONS and isinstance(options, dict):
+            if config.option:
+                body = {**body, "options": {**dict(config.option), **options}}
+            if config.keep_alive is not None and body.get("keep_alive") is None:
+                body = {**body, "keep_alive": config.keep_alive}
+        return body
+
+    def shape_native(self) -> bytes:
+        """The body of a route that is passed through: the same bytes, unless it is to be changed.
+        Audio is not looked into."""
+        if self.record["route"] == "/v1/audio/transcriptions":
+            return self.body
+        try:
+            body = parse_object(self.body, CLIENT_JSON)
+        except ValueError as error:
+            if self.server.aliases or "shape" in self.server.hooks:
+                raise ProxyError(400, f"the body must be a JSON object: {error}") from None
+            return self.body
+        for name in body:  # which Ollama would take for the same member, past the hook's eyes
+            if name.lower() in ("model", "options", "keep_alive") and name != name.lower():
+                raise ProxyError(400, f"write {name!r} in small letters", name)
+        before = to_json(body)
+        after = to_json(self.shape(body))
+        return self.body if after == before else after.encode("utf-8", "backslashreplace")
+
+    def note_first_token(self) -> None:
+        """The time to the first token, once."""
+        if self.record["first_token_seconds"] is None:
+            self.record["first_token_seconds"] = round(time.monotonic() - self.started, 6)
+
+    def observe(self) -> None:
+        """The request has ended: a line in the log, numbers in the metrics, a call of the hook."""
+        record = self.record
+        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        record["seconds"] = round(time.monotonic() - self.started, 6)
+        rest = record["seconds"] - (record["first_token_seconds"] or 0)
+        if record["completion_tokens"] and rest > 0:
+            record["tokens_per_second"] = round(record["completion_tokens"] / rest, 1)
+        self.server.metrics.record(record)
+        say(to_json(record) if self.server.config.log == "json" else log_line(record))
+        if "observe" in self.server.hooks:
+            try:
+                self.server.hooks.call("observe", dict(record))
+            except Exception:  # noqa: BLE001  a stranger's code, after the answer: log it and go on
+                say(traceback.format_exc())
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Called with the status line; the line for the log comes at the end."""
+        self.record["status"] = int(code)
 
     # --- helpers ---
+
+    def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8") -> None:
+        """A whole answer of text."""
+        self.start(200, content_type, len(text.encode()))
+        self.write(text.encode())
 
     def send_events(self, frames: Iterable[bytes], ignored: Iterable[str] = ()) -> None:
         """Frames as they come. The status waits for the first one, so that a failure before it
@@ -1386,15 +1874,17 @@ class ProxyHandler(JsonHandler):
                     ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
                     *ignored_header(ignored)])
             self.write(frame)
+            if frame is SSE_DONE:  # a client may leave now; it has everything
+                self.record["end"] = "done"
         self.finish_body()
 
     def fail(self, error: ProxyError) -> None:
         """Say what went wrong in the one way that is still open: a status, a frame, or a cut."""
+        self.record["error"] = error.code or f"status_{error.status}"
+        self.record["end"] = "upstream cut" if error.code == "upstream_cut" else "error"
         try:
             if not self.head_sent:
                 self.send_json(error.status, error.body(), error.headers)
-                if self.close_connection:
-                    self.linger()
             elif self.sending_events:
                 self.write(sse_event(error.body()))
                 self.finish_body()
@@ -1404,34 +1894,58 @@ class ProxyHandler(JsonHandler):
             self.close_connection = True  # the client is gone
 
     def linger(self) -> None:
-        """Read on for a moment: closing a socket that has unread bytes resets the connection, and
-        the client would see that instead of our refusal."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(LINGER_SECONDS)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while time.monotonic() < deadline and self.connection.recv(READ_BYTES):
-            pass
+        """After a refusal read on for a moment: closing a socket that has unread bytes resets the
+        connection, and the client would see that instead of our refusal."""
+        if self.close_connection and self.record["end"] == "error":
+            with contextlib.suppress(OSError):  # the client is gone already
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.settimeout(LINGER_SECONDS)
+                deadline = time.monotonic() + LINGER_SECONDS
+                while time.monotonic() < deadline and self.connection.recv(READ_BYTES):
+                    pass
 
     def version_string(self) -> str:
         """The Server header, without the version of Python."""
         return f"ndjson_sse_proxy/{__version__}"
 
     def end_headers(self) -> None:
-        """Every answer has an id to find it by."""
-        self.send_header("X-Request-Id", self.request_id)
+        """Every answer has an id to find it by in the log, and says whether a page may read it."""
+        self.send_header("X-Request-Id", self.record["id"])
+        if self.origin:
+            self.send_header("Access-Control-Allow-Origin", self.origin)
+            self.send_header("Access-Control-Expose-Headers",
+                             "x-request-id, retry-after, x-ignored-fields")
+            self.send_header("Vary", "Origin")
         super().end_headers()
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """The base class's own refusals (a request line that is none, ...), in OpenAI's form."""
         self.close_connection = True
-        self.fail(ProxyError(code, message or self.responses[code][0]))
+        self.refuse(ProxyError(code, message or self.responses[code][0]))
 
     def log_message(self, format: str, *args: Any) -> None:
-        """A line on stderr, with control characters escaped: a terminal would obey them."""
-        text = (format % args).encode("unicode_escape").decode("ascii")
-        say(f"{time.strftime('%H:%M:%S')} {self.address_string()} {text}")
+        """The base class's own lines, of which a silent client's time-out is the only one left."""
 
 
+RECORD_NAMES = (
+    "time", "id", "caller", "method", "route", "model", "status", "prompt_tokens",
+    "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
+    "ignored")
+# The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
+LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+                          r"|(app|file|tauri|vscode-webview|vscode-file)://.*")
+CORS_HEADERS = (
+    "authorization", "content-type", "accept", "user-agent", "x-api-key", "anthropic-version",
+    "anthropic-beta", "openai-organization", "openai-project", *(f"x-stainless-{name}" for name in (
+        "arch", "helper-method", "lang", "os", "package-version", "retry-count", "runtime",
+        "runtime-version", "timeout")))
+TAIL_BYTES = 4096  # of a passed-through answer; the counts of tokens are at its end
+TOKEN_COUNTS = {
+    "prompt_tokens": re.compile(rb'"(?:prompt_eval_count|input_tokens|prompt_tokens)": ?(\d{1,9})'),
+    "completion_tokens": re.compile(
+        rb'"(?:eval_count|output_tokens|completion_tokens)": ?(\d{1,9})')}
+TAKE_OPTIONS = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate",
+                "/api/embed", "/api/embeddings")
 PASSED_HEADERS = (
     "Content-Type", "Content-Encoding", "Accept", "anthropic-version", "anthropic-beta")
 
@@ -1439,6 +1953,9 @@ PASSED_HEADERS = (
 # 404 and never forwarded.
 ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
     "/": {"GET": ProxyHandler.root},
+    "/healthz": {"GET": ProxyHandler.healthz},
+    "/readyz": {"GET": ProxyHandler.readyz},
+    "/metrics": {"GET": ProxyHandler.metrics},
     "/v1/chat/completions": {"POST": ProxyHandler.chat},
     "/v1/completions": {"POST": ProxyHandler.completions},
     "/v1/models": {"GET": ProxyHandler.models},
@@ -1484,6 +2001,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True  # a stream that never ends must not keep the process alive
     request_queue_size = 128  # the default of 5 refuses a burst of clients
+    tls: ssl.SSLContext | None = None
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def __init__(self, host: str, port: int, handler: type[JsonHandler]) -> None:
@@ -1491,6 +2009,13 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__((host, port), handler)
         port = self.server_port  # which the system chose, if it was 0
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def get_request(self) -> tuple[Any, Any]:
+        """A new connection; its TLS handshake waits for the connection's own thread."""
+        connection, address = super().get_request()
+        if self.tls:
+            connection = self.tls.wrap_socket(connection, True, do_handshake_on_connect=False)
+        return connection, address
 
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of its own name, which hangs on a box without a DNS."""
@@ -1510,7 +2035,26 @@ class ProxyServer(Server):
         self.config = config
         self.via = "ndjson_sse_proxy-" + os.urandom(6).hex()  # to know our own requests by
         self.upstream = Upstream(config, self.via, upstream_key)
-        super().__init__(str(config.listen.hostname), config.listen.port or 0, ProxyHandler)
+        self.keys, self.hooks = Keys(config.api_key, config.api_key_file), Hooks(config.hooks)
+        self.aliases, self.metrics = dict(config.alias), Metrics()
+        host, guarded = str(config.listen.hostname), bool(self.keys) or "authenticate" in self.hooks
+        if not guarded and not config.insecure and not is_loopback(host):
+            raise ValueError(f"anybody who reaches {host} could use your Ollama; ask for keys with "
+                             "--api-key-file FILE, or let everybody in with --insecure")
+        if config.allow_admin and not guarded:
+            raise ValueError("--allow-admin needs keys (--api-key-file FILE)")
+        if config.tls_cert or config.tls_key:
+            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            self.tls.load_cert_chain(config.tls_cert, config.tls_key or None)
+        super().__init__(host, config.listen.port or 0, ProxyHandler)
+        self.url = self.url.replace("http:", "https:") if self.tls else self.url
+
+
+def is_loopback(host: str) -> bool:
+    """Can only this machine reach a server that listens there?"""
+    return all(ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback
+               for found in socket.getaddrinfo(host, None))
 
 
 # ---- 11. Demo: a scripted Ollama, spoken to over a real socket like any other ------------------
@@ -1544,7 +2088,8 @@ def sample(schema: Any, root: Any) -> Any:
     values: Json = {
         "string": "text", "integer": 1, "number": 1.5, "boolean": True, "null": None,
         "array": [sample(schema["items"], root)] if "items" in schema else []}
-    return values.get(str(schema.get("type")), {
+    kind = schema.get("type")
+    return values.get(kind[0] if isinstance(kind, list) else str(kind), {
         name: sample(value, root) for name, value in schema.get("properties", {}).items()})
 
 
@@ -1583,6 +2128,8 @@ class DemoHandler(JsonHandler):
         except ValueError as error:
             return self.send_json(400, {"error": str(error)})
         name, messages = str(body.get("model")), body.get("messages") or [{}]
+        if self.path not in ("/api/chat", "/api/generate", "/api/show"):
+            return self.send_json(404, {"error": f"{self.path} is not in the demo"})
         if name not in DEMO_MODELS:
             return self.send_json(404, {"error": f"model '{name}' not found"})
         if self.path == "/api/show":
@@ -1648,8 +2195,9 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
     >>> parse_url("192.0.2.7").geturl(), parse_url("https://box/ollama").geturl()
     ('http://192.0.2.7:11434', 'https://box:443/ollama')
     """
-    match = re.fullmatch(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[!\"$->@-~]*)?",
-                         text.strip(), re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(
+        r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[!\"$->@-~]*)?",
+        text.strip(), re.ASCII | re.IGNORECASE)
     if not match or int(match[3] or 0) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
@@ -1682,13 +2230,75 @@ def parse_switch(text: str) -> bool:
     return text.lower() in ("1", "true", "yes", "on")
 
 
+def parse_pair(text: str) -> tuple[str, str]:
+    """NAME=MODEL"""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE for one of Ollama's options, of its type.
+
+    >>> parse_option("num_ctx=16384"), parse_option("stop=###")
+    (('num_ctx', 16384), ('stop', ['###']))
+    """
+    name, value = parse_pair(text)
+    if name not in OPTIONS:
+        raise argparse.ArgumentTypeError(f"{name!r} is none of Ollama's options")
+    if name == "stop":
+        return name, [value]
+    try:
+        return name, expect(PLAIN_JSON.decode(value), OPTIONS[name], name)
+    except (ValueError, ProxyError):
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} is of type {OPTIONS[name]}") from None
+
+
+def parse_keep_alive(text: str) -> str | float:
+    """A duration as Ollama takes it: 5m, 1h30m, or seconds; negative means for ever."""
+    if re.fullmatch(r"-?\d{1,9}", text):
+        return int(text)
+    if not re.fullmatch(r"-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 300, 5m or 1h30m")
+    return text
+
+
+def parse_key_flag(text: str) -> tuple[str, str]:
+    """[NAME:]KEY"""
+    try:
+        return parse_key(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_log(text: str) -> str:
+    """text or json"""
+    if text not in ("text", "json"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
+    return text
+
+
 # Each field of Config: its reader, what its value is called, what it is for. This makes the flag
 # --its-name, its twin in the environment NDJSON_SSE_PROXY_ITS_NAME, and their line in --help.
 FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "listen": (parse_listen, "HOST:PORT", "where clients connect; with port 0, any free one"),
     "upstream": (parse_url, "URL", "where Ollama is; without it $OLLAMA_HOST, if that is set"),
     "demo": (parse_switch, "", "answer from a scripted Ollama inside the process"),
+    "api_key": (parse_key_flag, "[NAME:]KEY", "who may call; in the process list, so better:"),
+    "api_key_file": (str, "FILE", "the same, a line each; read anew when the file changes"),
+    "insecure": (parse_switch, "", "listen on other addresses than loopback without keys"),
+    "allowed_host": (str.lower, "HOST", "a further name that clients may use for this server"),
+    "cors_origin": (str, "ORIGIN", "a site whose pages may call, besides those of localhost"),
+    "allow_admin": (parse_switch, "", "let pull, push, create, copy and delete through"),
+    "tls_cert": (str, "FILE", "serve HTTPS with this certificate (PEM)"),
+    "tls_key": (str, "FILE", "its private key, if that is not in the same file"),
+    "alias": (parse_pair, "NAME=MODEL", "a further name for a model"),
+    "option": (parse_option, "KEY=VALUE", "default for one of Ollama's options (num_ctx=16384)"),
+    "keep_alive": (parse_keep_alive, "DURATION", "default for how long models stay loaded"),
     "allow_truncation": (parse_switch, "", "let Ollama cut a prompt that does not fit, silently"),
+    "hooks": (str, "FILE.py", "Python with authenticate(), shape() or observe()"),
+    "log": (parse_log, "text|json", "form of the log on stderr"),
     "idle_timeout": (parse_seconds, "SECONDS", "longest silence of Ollama, loading included"),
 }
 
@@ -1717,11 +2327,22 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         more: Json = {"metavar": metavar}
         if reader is parse_switch:
             more = {"nargs": "?", "const": True, "metavar": "1"}
-        else:
+        elif default == ():
+            text += "; repeatable"
+            more = {**more, "action": "append"}
+        elif default:
             text += f" (default: {getattr(default, 'netloc', default)})"
-        parser.add_argument("--" + name.replace("_", "-"), type=reader, default=twin or default,
-                            help=text, **more)
-    return Config(**vars(parser.parse_args(argv)))
+        parser.add_argument("--" + name.replace("_", "-"), type=reader, help=text,
+                            default=None if default == () else twin or default, **more)
+    values = vars(parser.parse_args(argv))
+    for name, value in values.items():  # a list from flags, else from the twin, between blanks
+        if Config._field_defaults[name] == ():
+            words = environ.get("NDJSON_SSE_PROXY_" + name.upper(), "").split()
+            try:
+                values[name] = tuple(value or map(FLAGS[name][0], words))
+            except argparse.ArgumentTypeError as error:
+                parser.error(f"argument --{name.replace('_', '-')}: {error}")
+    return Config(**values)
 
 
 def say(text: str) -> None:
@@ -1749,12 +2370,16 @@ def main(argv: list[str] | None = None) -> int:
         say("ndjson_sse_proxy: $OLLAMA_API_KEY has characters that a header can't carry")
         return 2
     if config.upstream.netloc == where:
-        say(f"ndjson_sse_proxy: it would ask itself on {where}; name Ollama's place: --upstream URL")
+        say(f"ndjson_sse_proxy: it would ask itself on {where}; where is Ollama? --upstream URL")
         return 2
     try:
         server = ProxyServer(config, upstream_key)
-    except (OSError, UnicodeError) as error:
-        say(f"ndjson_sse_proxy: can't listen on {where}: {error}; another place: --listen HOST:PORT")
+    except OSError as error:  # another file than the one of a flag has no name here: the port
+        what = error.filename or f"can't listen on {where} (another place: --listen HOST:PORT)"
+        say(f"ndjson_sse_proxy: {what}: {error.strerror or error}")
+        return 2
+    except ValueError as error:
+        say(f"ndjson_sse_proxy: {error}")
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")

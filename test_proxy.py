@@ -12,12 +12,16 @@ import json
 import os
 import queue
 import re
+import shutil
 import signal
 import socket
+import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import doctest
@@ -549,7 +553,7 @@ CHAT_CASES = [
                             ("medium", "medium"), ("high", "high"), ("xhigh", "max"), ("max", "max")]],
     ("reasoning", {"reasoning": {"effort": "high"}}, "body.think", "high"),
     ("reasoning", {"reasoning": {"summary": "auto"}}, "body.think", ABSENT),
-    ("response_format", {"response_format": {"type": "text"}}, "body.format", ABSENT),
+    ("response_format", {"response_format": {"type": "text"}, "format": "json"}, "body.format", ""),
     ("response_format", {"response_format": {"type": "json_object"}}, "body.format", "json"),
     ("response_format", {"response_format": {"type": "json_schema", "json_schema": {
         "name": "n", "strict": True, "schema": SCHEMA}}}, "body.format", SCHEMA),
@@ -569,7 +573,10 @@ CHAT_CASES = [
     ("tool_choice", {"tools": [function("f")], "tool_choice": named("g")}, NAMED_400, None),
     ("tool_choice", {"tool_choice": "required"}, NAMED_400, None),
     ("tool_choice", {"tools": [function("f")], "tool_choice": "always"}, NAMED_400, None),
-    ("parallel_tool_calls", {"parallel_tool_calls": False}, "reply.parallel", False),
+    ("parallel_tool_calls", {"parallel_tool_calls": False}, "reply.max_calls", 1),
+    ("parallel_tool_calls", {"parallel_tool_calls": True}, "reply.max_calls", ABSENT),
+    ("stream_options", {"stream_options": {"include_usage": None}}, "reply.include_usage", False),
+    ("tool_choice", {"tools": [function("f")], "tool_choice": "none"}, "reply.max_calls", 0),
     *[(name, {name: value}, HINT, None) for name, value in [
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "s"), ("prompt_cache_key", "k"),
         ("prompt_cache_options", {}), ("prompt_cache_retention", "24h"),
@@ -640,10 +647,11 @@ def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_
                               "tools": tools, "tool_choice": "required"})
     assert request.body["format"] == {
         "anyOf": [{"type": "object", "required": ["name", "arguments"], "properties": {
-            "name": {"const": name}, "arguments": {
-                "type": "object", "properties": {"a": {"$ref": f"#/$defs/{i}.T"}}}}}
+            "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}}
             for i, name in enumerate("fg")],
-        "$defs": {"0.T": {"type": "string"}, "1.T": {"type": "integer"}}}
+        "$defs": {str(i): {"type": "object", "properties": {"a": {"$ref": f"#/$defs/{i}/$defs/T"}},
+                           "$defs": {"T": {"type": kind}}}
+                  for i, kind in enumerate(["string", "integer"])}}
     assert "tools" not in request.body and request.reply["forced"] == ""
     assert [m["role"] for m in request.body["messages"]] == ["user", "system"]
     assert '"name":"g"' in request.body["messages"][1]["content"]
@@ -652,7 +660,7 @@ def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_
 def test_fields_not_sent_or_null_stay_out_so_that_the_modelfile_holds():
     body = native(temperature=None, stop=None, tools=None, response_format={"type": "text"})
     assert body["options"] == {}
-    assert body.get("format") is None and "tools" not in body and "think" not in body
+    assert body["format"] == "" and "tools" not in body and "think" not in body
 
 
 def test_every_chat_goes_up_streamed_and_never_truncated_nor_shifted():
@@ -871,7 +879,7 @@ def test_forced_call_that_is_cut_before_its_name_stays_text():
 
 
 def test_second_call_is_dropped_where_the_client_wants_one_at_a_time():
-    s = new_stream(parallel=False)
+    s = new_stream(max_calls=1)
     call = {"function": {"name": "f", "arguments": {}}}
     chunks = s.feed({"message": {"tool_calls": [call, call]}}) + s.feed(
         {"message": {"tool_calls": [call]}, "done": True})
@@ -1496,7 +1504,7 @@ def test_http_1_0_client_gets_an_unchunked_stream(start):
 
 
 @pytest.mark.parametrize("request_bytes, status", [
-    (b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n\r\n", 411),
+    (b"POST /v1/chat/completions HTTP/1.1\r\n\r\n", 411),
     (b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
     (b"GET /v1/models HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: +2\r\n\r\n{}", 400),
@@ -1509,7 +1517,8 @@ def test_http_1_0_client_gets_an_unchunked_stream(start):
 ])
 def test_refused_request_gets_openais_error_and_the_connection_closes(start, request_bytes, status):
     server, _ = start()
-    answer = raw(server, request_bytes + b"GET /v1/models HTTP/1.1\r\n\r\n")
+    request_bytes = request_bytes.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nHost: localhost\r\n")
+    answer = raw(server, request_bytes + b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 %d " % status) and answer.count(b"HTTP/1.1 ") == 1
     assert sorted(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]) == [
         "code", "message", "param", "type"]
@@ -1572,15 +1581,15 @@ def test_many_tool_calls_and_long_answers_take_linear_time():
 
 def test_path_that_is_not_ascii_is_a_400(start):
     server, _ = start()
-    assert raw(server, "GET /api/tags?é HTTP/1.1\r\n\r\n".encode()).startswith(b"HTTP/1.1 400 ")
-    assert raw(server, b"GET /api/tags?\x01 HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 400 ")
+    assert raw(server, "GET /api/tags?é HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()).startswith(b"HTTP/1.1 400 ")
+    assert raw(server, b"GET /api/tags?\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
 def test_garbage_after_a_stream_on_the_same_connection_is_a_400_of_its_own(start):
     server, _ = start(RECORDED["length"])
     body = b'{"model":"m","messages":[],"stream":true}'
-    answer = raw(server, b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%bGARBAGE\r\n\r\n"
-                 % (len(body), body))
+    answer = raw(server, b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+                 b"Content-Length: %d\r\n\r\n%bGARBAGE\r\n\r\n" % (len(body), body))
     assert answer.count(b"HTTP/1.1 200") == 1 and answer.count(b"HTTP/1.1 400 ") == 1
 
 
@@ -1610,6 +1619,584 @@ def test_fault_of_the_proxy_itself_is_a_500_and_its_traceback_is_logged(start, m
     answer = chat(server)
     assert answer.status == 500 and answer.json()["error"]["type"] == "server_error"
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+# ---- HTTP without ambiguity --------------------------------------------------------------------
+
+BODY = b'{"model":"m","messages":[]}'
+POST = b"POST /v1/chat/completions HTTP/1.1\r\n"
+HOST = b"Host: localhost\r\n"
+LENGTH = b"Content-Length: %d\r\n" % len(BODY)
+
+
+@pytest.mark.parametrize("head, status", [
+    # two readings of where the body ends
+    (POST + HOST + LENGTH + LENGTH, 400),
+    (POST + HOST + LENGTH + b"Content-Length: 0\r\n", 400),
+    (POST + HOST + b"Content-Length: 27, 27\r\n", 400),
+    *[(POST + HOST + b"Content-Length: %b\r\n" % value, 400) for value in (
+        b"", b"+27", b"-1", b"0x1b", b"1_0", b"27 ", b"2 7", b"27;", b"\xd9\xa2", b"1" * 30)
+      if value != b"27 "],
+    (POST + HOST + LENGTH + b"Transfer-Encoding: chunked\r\n", 400),
+    (POST + HOST + b"Transfer-Encoding: chunked\r\n", 411),
+    (POST + HOST + b"Transfer-Encoding: identity\r\n" + LENGTH, 400),
+    (POST + HOST + b"transfer-encoding: xchunked\r\n", 411),
+    (POST + HOST + b"Transfer-Encoding : chunked\r\n", 400),
+    (POST + HOST + b"Transfer_Encoding: chunked\r\n", 411),  # another header; no length then
+    # lines and their ends
+    (POST + HOST + LENGTH + b"X: a\r\n folded\r\n", 400),
+    (POST + b" " + HOST + LENGTH, 400),
+    (POST + HOST + LENGTH + b"X: a\rContent-Length: 0\r\n", 400),
+    (POST + HOST + LENGTH + b"X: a\nContent-Length: 0\r\n", 400),
+    (POST + HOST + LENGTH + b"X: a\n", 400),
+    (POST[:-2] + b"\n" + HOST + LENGTH, 400),
+    (POST + HOST + LENGTH + b"X: a\x00b\r\n", 400),
+    (POST + HOST + LENGTH + b"X: \x1b[2J\r\n", 400),
+    (POST + HOST + LENGTH + b"X: \x7f\r\n", 400),
+    # names
+    (POST + HOST + LENGTH + b"no colon\r\n", 400),
+    (POST + HOST + LENGTH + b": empty\r\n", 400),
+    (POST + HOST + LENGTH + b"X Y: a\r\n", 400),
+    (POST + HOST + LENGTH + b"X\t: a\r\n", 400),
+    (POST + HOST + LENGTH + "Ü: a\r\n".encode(), 400),
+    # Host
+    (POST + LENGTH, 400),
+    (POST + HOST + HOST + LENGTH, 400),
+    (POST + b"Host: \r\n" + LENGTH, 400),
+    (POST + b"Host: a b\r\n" + LENGTH, 400),
+    (POST + b"Host: localhost/x\r\n" + LENGTH, 400),
+    (POST + b"Host: user@localhost\r\n" + LENGTH, 400),
+    (POST + b"Host: localhost:1x\r\n" + LENGTH, 400),
+    (POST + HOST + LENGTH + b"Authorization: a\r\nauthorization: b\r\n", 400),
+    # the request line
+    (b"POST  /v1/chat/completions HTTP/1.1\r\n" + HOST + LENGTH, 400),
+    (b"POST /v1/chat/completions  HTTP/1.1\r\n" + HOST + LENGTH, 400),
+    (b"POST /v1/chat /completions HTTP/1.1\r\n" + HOST + LENGTH, 400),
+    (b"POST /v1/chat/completions\r\n" + HOST + LENGTH, 400),
+    (b"GET /api/tags\r\n", 400),
+    (b"POST\t/v1/chat/completions\tHTTP/1.1\r\n" + HOST + LENGTH, 400),
+    (b" POST /v1/chat/completions HTTP/1.1\r\n" + HOST + LENGTH, 400),
+    (b"\r\n" + POST + HOST + LENGTH, 400),
+    (b"PO(ST /v1/chat/completions HTTP/1.1\r\n" + HOST + LENGTH, 400),
+    *[(b"POST /v1/chat/completions HTTP/%b\r\n" % version + HOST + LENGTH, status)
+      for version, status in [(b"2.0", 505), (b"1.2", 505), (b"0.9", 505), (b"1.10", 505), (b"1.00", 505),
+                              (b"1", 400), (b"1.1x", 400), (b"+1.1", 400)]],
+    (b"POST /v1/chat/completions http/1.1\r\n" + HOST + LENGTH, 400),
+    (b"POST http://localhost/v1/chat/completions HTTP/1.1\r\n" + HOST + LENGTH, 404),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
+    # sizes
+    (POST + HOST + LENGTH + b"X: " + b"a" * 65536 + b"\r\n", 431),
+    (POST + HOST + LENGTH + b"".join(b"X-%d: a\r\n" % i for i in range(100)), 431),
+    (b"GET /" + b"a" * 65536 + b" HTTP/1.1\r\n" + HOST, 414),
+    # paths
+    *[(b"GET %b HTTP/1.1\r\n" % path + HOST, 404) for path in (
+        b"/api%2ftags", b"/api%2Ftags", b"/api/%2e%2e/api/tags", b"/api/./tags", b"/v1/../api/tags",
+        b"//api/tags", b"/api//tags", b"/api/tags%00", b"/api/tags/", b"/api%252ftags", b"/API/tags",
+        b"/api/tags;x", b"\\api\\tags", b"*", b"/v1/models/")],
+    *[(b"HEAD /api/blobs/%b HTTP/1.1\r\n" % path + HOST, 404) for path in (
+        b"../tags", b"a/../../tags", b"%2e%2e", b"a%2fb", b"")],
+])
+def test_ambiguous_request_is_refused_and_the_connection_closed(start, head, status):
+    server, fake = start()
+    answer = raw(server, head + b"\r\n" + BODY + b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
+    assert answer.count(b"HTTP/1.1 ") == 1 and fake.requests.empty()
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert b"Connection: close" in head
+    assert not body or json.loads(body)["error"]["message"]
+
+
+@pytest.mark.parametrize("head", [
+    POST + HOST + LENGTH, POST + b"host:localhost\r\ncontent-length:%d  \r\n" % len(BODY),
+    POST + HOST + LENGTH + b"X: \r\nX:\tb\r\nY: \xfc\r\n", POST.replace(b"1.1", b"1.0") + LENGTH,
+    POST + b"Host: [::1]:80\r\n" + LENGTH, POST + b"Host: box.localhost\r\n" + LENGTH,
+    b"POST /v1/chat%2Dcompletions".replace(b"%2D", b"/") + b"?a=%2F HTTP/1.1\r\n" + HOST + LENGTH])
+def test_plain_request_is_not_refused(start, head):
+    server, _ = start(RECORDED["length"])
+    assert raw(server, head + b"\r\n" + BODY).startswith(b"HTTP/1.1 200 ")
+
+
+# ---- Authenticate ------------------------------------------------------------------------------
+
+ALICE, BOB = ("alice", "sk-alice-0123"), ("", "sk-bob-01234567")
+
+
+def bearer(key):
+    return {"Authorization": "Bearer " + key}
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({}, 401), (bearer("wrong-key-00"), 401), (bearer(""), 401), (bearer("sk-alice-012"), 401),
+    ({"Authorization": "Basic sk-alice-0123"}, 401), ({"Authorization": "sk-alice-0123"}, 401),
+    (bearer("alice:sk-alice-0123"), 401), (bearer("\xfc" * 9), 401), ({"x-api-key": "nope-nope"}, 401),
+    (bearer("sk-alice-0123"), 200), ({"authorization": "bearer  sk-bob-01234567 "}, 200),
+    ({"x-api-key": "sk-alice-0123"}, 200)])
+def test_only_who_has_a_key_may_call(start, capfd, headers, status):
+    server, fake = start(RECORDED["hello"], api_key=(ALICE, BOB))
+    for method, path in ("GET", "/v1/models"), ("POST", "/api/chat"), ("GET", "/metrics"):
+        answer = call(server, method, path, b"{}" if method == "POST" else None, headers)
+        assert (answer.status == 401) == (status == 401)
+    answer = call(server, "GET", "/nosuch", headers=headers)
+    assert answer.status == (401 if status == 401 else 404)
+    if status == 401:
+        assert answer.headers["WWW-Authenticate"] == "Bearer" and fake.requests.empty()
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    log = capfd.readouterr().err
+    assert "sk-" not in log and "nope" not in log and "wrong" not in log
+
+
+def test_health_and_front_page_need_no_key(start):
+    server, _ = start(api_key=(ALICE,))
+    assert call(server, "GET", "/healthz").status == 200
+    assert call(server, "GET", "/").status == 200
+    assert call(server, "GET", "/readyz").status == 401
+
+
+def test_refusal_comes_before_the_body_is_read(start):
+    server, _ = start(api_key=(ALICE,))
+    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
+        client.sendall(POST + HOST + b"Content-Length: 999999\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 401"
+
+
+def write_keys(path, text):
+    """A new file in the old one's place, as editors and admins do it."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(str(new), str(path))
+
+
+def test_key_file_is_read_anew_when_it_changes(start, tmp_path, capfd):
+    path = tmp_path / "keys"
+    write_keys(path, "# callers\n\nalice:sk-alice-0123\nsk-bob-01234567\n")
+    server, _ = start(RECORDED["tags"], api_key_file=str(path))
+
+    def status(key):
+        return call(server, "GET", "/v1/models", headers=bearer(key)).status
+    assert (status("sk-alice-0123"), status("sk-bob-01234567")) == (200, 200)
+    write_keys(path, "sk-bob-01234567\n")
+    assert (status("sk-alice-0123"), status("sk-bob-01234567")) == (401, 200)
+    write_keys(path, "sk-bob-01234567\nshort\n")  # broken: the old ones stay, and it says so, once
+    assert (status("sk-bob-01234567"), status("sk-alice-0123")) == (200, 401)
+    assert capfd.readouterr().err.count("the old keys stay in force") == 1
+    path.unlink()
+    assert status("sk-bob-01234567") == 200
+    write_keys(path, "")  # nobody has a key any more; that is not the same as asking for none
+    assert (status("sk-bob-01234567"), status("")) == (401, 401)
+
+
+def test_revoked_key_does_not_cut_the_stream_under_way(start, tmp_path):
+    path, more = tmp_path / "keys", threading.Event()
+    write_keys(path, "sk-bob-01234567\n")
+    server, _ = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n", api_key_file=str(path))
+    connection = connect(server)
+    connection.request("POST", "/v1/chat/completions", json.dumps(
+        {"model": "m", "messages": [], "stream": True}), bearer("sk-bob-01234567"))
+    response = connection.getresponse()
+    response.readline()
+    write_keys(path, "")
+    assert call(server, "GET", "/v1/models", headers=bearer("sk-bob-01234567")).status == 401
+    more.set()
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    connection.close()
+
+
+@pytest.mark.parametrize("host, status", [
+    ("localhost", 200), ("LOCALHOST:1", 200), ("127.0.0.1", 200), ("[::1]:11435", 200),
+    ("a.localhost", 200), ("box.lan", 200), ("BOX.lan:80", 200),
+    ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
+    ("192.0.2.1", 403)])
+def test_host_that_is_not_ours_is_refused_against_dns_rebinding(start, host, status):
+    server, _ = start(allowed_host=("box.lan",))
+    answer = call(server, "GET", "/healthz", headers={"Host": host})
+    assert answer.status == status
+    if status == 403:
+        assert "--allowed-host" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("origin, status", [
+    ("http://localhost:3000", 200), ("https://127.0.0.1", 200), ("http://[::1]:5", 200),
+    ("app://obsidian.md", 200), ("tauri://localhost", 200), ("https://chat.example", 200),
+    ("http://evil.example", 403), ("null", 403), ("", 403), ("http://localhost.evil.example", 403),
+    ("http://localhost:1@evil.example", 403), ("https://chat.example.evil.example", 403)])
+def test_page_of_another_site_may_not_call_not_even_simply(start, origin, status):
+    server, fake = start(RECORDED["hello"], cors_origin=("https://chat.example",))
+    answer = call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []},
+                  {"Origin": origin, "Content-Type": "text/plain"})
+    assert answer.status == status
+    assert answer.headers["Access-Control-Allow-Origin"] == (origin if status == 200 else None)
+    assert fake.requests.empty() == (status == 403)
+
+
+def test_own_page_may_call(start):
+    server, _ = start()
+    host = f"127.0.0.1:{server.server_port}"
+    assert call(server, "GET", "/healthz", headers={"Origin": "http://" + host, "Host": host}).status == 200
+
+
+def test_preflight_allows_what_the_sdks_send_without_a_key(start):
+    server, _ = start(api_key=(ALICE,))
+    answer = call(server, "OPTIONS", "/v1/chat/completions", headers={
+        "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"})
+    assert answer.status == 200 and answer.headers["Vary"] == "Origin"
+    assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
+    allowed = answer.headers["Access-Control-Allow-Headers"].split(", ")
+    for name in ("authorization", "content-type", "x-api-key", "openai-project", "x-stainless-arch",
+                 "x-stainless-helper-method", "x-stainless-runtime-version", "x-stainless-timeout"):
+        assert name in allowed
+    assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST, OPTIONS"
+    assert "x-request-id" in answer.headers["Access-Control-Expose-Headers"]
+    refused = call(server, "OPTIONS", "/v1/chat/completions", headers={
+        "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
+    assert refused.status == 403 and refused.headers["Access-Control-Allow-Origin"] is None
+
+
+def test_refusals_can_be_read_by_an_allowed_page(start):
+    server, _ = start(api_key=(ALICE,))
+    answer = call(server, "GET", "/v1/models", headers={"Origin": "http://localhost:3000"})
+    assert answer.status == 401
+    assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
+
+
+@pytest.mark.parametrize("settings, text", [
+    ({"listen": parse_url("0.0.0.0:0")}, "--insecure"), ({"listen": parse_url("[::]:0")}, "--insecure"),
+    ({"allow_admin": True}, "--allow-admin needs keys"),
+    ({"allow_admin": True, "insecure": True}, "--allow-admin needs keys")])
+def test_unsafe_exposure_is_refused_at_the_start(settings, text):
+    with pytest.raises(ValueError, match=text):
+        ProxyServer(Config(**{"listen": parse_url("127.0.0.1:0"), **settings}))
+
+
+@pytest.mark.parametrize("settings", [{"api_key": (ALICE,)}, {"insecure": True}])
+def test_other_addresses_are_served_with_keys_or_by_wish(settings):
+    ProxyServer(Config(listen=parse_url("0.0.0.0:0"), **settings)).server_close()
+
+
+def test_admin_routes_pass_with_the_flag(start):
+    server, fake = start(RECORDED["version"], allow_admin=True, api_key=(ALICE,))
+    for method, path in ("POST", "/api/pull"), ("DELETE", "/api/delete"), ("HEAD", "/api/blobs/sha256:0"):
+        assert call(server, method, path, b'{"x":1}', bearer(ALICE[1])).status == 200
+        line, _, body = fake.requests.get(timeout=DEADLINE)
+        assert line == f"{method} {path} HTTP/1.1" and (body == b'{"x":1}' or method == "HEAD")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    """The paths of a self-signed certificate for localhost and of its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj",
+         "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(key),
+         "-out", str(cert)], capture_output=True, check=False) if shutil.which("openssl") else None
+    if made is None or made.returncode:
+        pytest.skip("openssl can't make a certificate here")
+    return str(cert), str(key)
+
+
+def test_https_serves_streams_and_notices_a_hang_up(start, certificate):
+    cert, key = certificate
+    more = threading.Event()
+    server, fake = start(SAID, more, chunk(says("more")) * 1000, tls_cert=cert, tls_key=key)
+    assert server.url.startswith("https://")
+    context = ssl.create_default_context(cafile=cert)
+    silent = socket.create_connection(("127.0.0.1", server.server_port))  # never shakes hands
+    connection = http.client.HTTPSConnection("127.0.0.1", server.server_port, timeout=DEADLINE,
+                                             context=context)
+    connection.request("POST", "/v1/chat/completions", json.dumps(
+        {"model": "m", "messages": [], "stream": True}))
+    response = connection.getresponse()
+    assert response.readline().startswith(b"data: {")
+    response.close()
+    connection.close()
+    more.set()
+    assert fake.hung_up.wait(DEADLINE)
+    silent.close()
+
+
+def test_plain_http_to_an_https_port_is_closed(start, certificate):
+    server, _ = start(tls_cert=certificate[0], tls_key=certificate[1])
+    with contextlib.suppress(ConnectionError):
+        assert not raw(server, b"GET /healthz HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+# ---- Shape -------------------------------------------------------------------------------------
+
+
+def sent(fake):
+    return json.loads(fake.requests.get(timeout=DEADLINE)[2])
+
+
+def test_alias_goes_up_as_its_model_and_answers_under_its_own_name(start):
+    server, fake = start(RECORDED["hello"], alias=(("gpt-4o", "hello"),))
+    answer = chat(server, model="gpt-4o")
+    assert {c["model"] for c in answer.chunks()} == {"gpt-4o"} and sent(fake)["model"] == "hello"
+    for path in "/api/chat", "/api/show", "/v1/embeddings", "/v1/responses", "/v1/messages":
+        call(server, "POST", path, {"model": "gpt-4o"})
+        assert sent(fake)["model"] == "hello", path
+    fake.steps = [RECORDED["tags"]]
+    models = {m["id"]: m for m in call(server, "GET", "/v1/models").json()["data"]}
+    assert models["gpt-4o"]["context_length"] == 4096 and "hello:latest" in models
+    fake.steps = [RECORDED["show_missing"]]
+    fake.requests.queue.clear()
+    call(server, "GET", "/v1/models/gpt-4o")
+    assert sent(fake) == {"model": "hello"}
+
+
+def test_defaults_fill_what_the_request_leaves_open(start):
+    server, fake = start(RECORDED["hello"], keep_alive="1h",
+                         option=(("num_ctx", 8192), ("temperature", 0.5), ("top_k", 5)))
+    chat(server, temperature=1, options={"top_k": 7})
+    body = sent(fake)
+    assert body["options"] == {"num_ctx": 8192, "temperature": 1, "top_k": 7}
+    assert body["keep_alive"] == "1h"
+    chat(server, keep_alive=0, num_ctx=1)
+    body = sent(fake)
+    assert body["keep_alive"] == 0 and body["options"]["num_ctx"] == 1
+    for path in "/api/chat", "/api/generate", "/api/embed", "/api/embeddings":
+        call(server, "POST", path, {"model": "m", "options": {"top_k": 9}})
+        body = sent(fake)
+        assert body["options"] == {"num_ctx": 8192, "temperature": 0.5, "top_k": 9}
+        assert body["keep_alive"] == "1h"
+    call(server, "POST", "/v1/responses", {"model": "m"})
+    assert sent(fake) == {"model": "m"}
+
+
+def test_passed_body_in_capitals_cannot_slip_past_the_alias(start):
+    server, fake = start(alias=(("a", "b"),))
+    for body in {"Model": "a"}, {"model": "a", "MODEL": "c"}:
+        answer = call(server, "POST", "/api/chat", body)
+        assert answer.status == 400 and fake.requests.empty()
+
+
+# ---- Observe -----------------------------------------------------------------------------------
+
+
+def records(capfd, count):
+    """The JSON lines of the log, once there are so many; the last comes after its answer."""
+    lines, end = [], time.monotonic() + DEADLINE
+    while len(lines) < count and time.monotonic() < end:
+        lines += [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[:1] == "{"]
+    assert len(lines) == count
+    return lines
+
+
+def test_each_request_is_one_line_that_says_what_happened(start, capfd):
+    server, fake = start(RECORDED["hello"], api_key=(ALICE,), log="json")
+    key = bearer(ALICE[1])
+    answer = call(server, "POST", "/v1/chat/completions", {
+        "model": "m", "messages": [{"role": "user", "content": "SECRET"}], "stream": True, "x": 1}, key)
+    record = records(capfd, 1)[0]
+    assert tuple(record) == proxy_module.RECORD_NAMES
+    assert record["id"] == answer.headers["X-Request-Id"] and record["caller"] == "alice"
+    assert (record["method"], record["route"], record["model"], record["status"]) == (
+        "POST", "/v1/chat/completions", "m", 200)
+    assert (record["prompt_tokens"], record["completion_tokens"], record["end"]) == (9, 27, "done")
+    assert record["ignored"] == ["x"] and record["error"] is None
+    assert 0 < record["first_token_seconds"] <= record["seconds"] and record["tokens_per_second"] > 0
+    for name, path, body, counts in [
+            ("hello", "/api/chat", {"model": "m"}, (9, 27)), ("generate", "/api/generate", {}, (None, 27)),
+            ("hello_whole", "/api/chat", {"stream": False}, (9, 27))]:
+        fake.steps = [RECORDED[name]]
+        for headers in key, {**key, **SSE}:
+            call(server, "POST", path, body, headers)
+            record = records(capfd, 1)[0]
+            assert record["completion_tokens"] == counts[1] and record["end"] == "done"
+
+
+@pytest.mark.parametrize("steps, end, error", [
+    ((RECORDED["die_mid"],), "error", "upstream_error"), ((SAID,), "upstream cut", "upstream_cut"),
+    ((RECORDED["missing"],), "error", "model_not_found")])
+def test_log_says_how_a_request_failed(start, capfd, steps, end, error):
+    server, _ = start(*steps, log="json")
+    chat(server)
+    record = records(capfd, 1)[0]
+    assert (record["end"], record["error"]) == (end, error)
+
+
+def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(start, capfd):
+    endless = chunk(says("x" * 1000)) * 5000
+    for steps, until, end in [((RECORDED["hello"],), b"[DONE]", "done"),
+                              ((HEAD, endless), b"data:", "client hang-up")]:
+        server, _ = start(*steps, log="json")
+        with socket.create_connection(("127.0.0.1", server.server_port)) as client:
+            client.sendall(POST + HOST + b"Content-Length: 41\r\n\r\n"
+                           b'{"model":"m","messages":[],"stream":true}')
+            seen = b""
+            while until not in seen:
+                seen += client.recv(100)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert records(capfd, 1)[0]["end"] == end
+
+
+def test_text_log_is_one_line_without_control_characters(start, capfd):
+    server, _ = start(RECORDED["missing"])
+    chat(server, model="a\x1b[2J\nb\u2028", stream=False)
+    end = time.monotonic() + DEADLINE
+    text = ""
+    while "\n" not in text and time.monotonic() < end:
+        text += capfd.readouterr().err
+    assert len(text.splitlines()) == 1 and "\x1b" not in text
+    assert "model=a\\x1b[2J\\nb\\u2028" in text and "status=404" in text and "end=error" in text
+
+
+def metrics(server):
+    """The samples of /metrics, once no other request is under way."""
+    end = time.monotonic() + DEADLINE
+    while True:
+        answer = call(server, "GET", "/metrics")
+        assert answer.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+        samples = dict(line.rsplit(" ", 1) for line in answer.body.decode().splitlines()
+                       if not line.startswith("#"))
+        if samples["ndjson_sse_proxy_active_requests"] == "1" or time.monotonic() > end:
+            return {name[len("ndjson_sse_proxy_"):]: float(value) for name, value in samples.items()}
+
+
+def test_metrics_count_requests_tokens_times_and_failures(start):
+    server, fake = start(RECORDED["hello"])
+    chat(server)
+    fake.steps = [SAID]
+    chat(server, model='quo"te')
+    chat(server, stream=False)
+    call(server, "GET", "/nosuch")
+    found = metrics(server)
+    assert found['requests_total{route="/v1/chat/completions",status="200"}'] == 2
+    assert found['requests_total{route="/v1/chat/completions",status="502"}'] == 1
+    assert found['requests_total{route="none",status="404"}'] == 1
+    assert found['tokens_total{model="m",kind="prompt"}'] == 9
+    assert found['tokens_total{model="m",kind="completion"}'] == 27
+    assert found['upstream_errors_total{kind="cut"}'] == 2 and found["client_hangups_total"] == 0
+    assert found['first_token_seconds_bucket{le="+Inf"}'] == found["first_token_seconds_count"] == 3
+    assert found["request_seconds_count"] >= 4
+
+
+def test_metrics_cannot_be_grown_by_inventing_models_and_paths(start):
+    server, fake = start(RECORDED["missing"])
+    for i in range(20):
+        chat(server, model=f"invented-{i}")
+        call(server, "GET", f"/invented-{i}")
+        call(server, "POST", f"/api/experimental/invented-{i}")
+        call(server, f"BREW{i}", "/healthz")
+    assert "invented" not in str(metrics(server)) and "BREW" not in str(metrics(server))
+    m = proxy_module.Metrics()
+    assert [m.model(f"m{i}") for i in range(102)][-3:] == ["m99", "other", "other"]
+
+
+def test_ready_only_while_ollama_answers(start):
+    server, _ = start(RECORDED["version"])
+    answer = call(server, "GET", "/readyz")
+    assert (answer.status, answer.json()) == (200, {"ready": True, "ollama": "0.0.0"})
+    server, _ = start(upstream="http://127.0.0.1:1")
+    answer = call(server, "GET", "/readyz")
+    assert answer.status == 503 and answer.json()["error"]["code"] == "upstream_unreachable"
+    assert call(server, "GET", "/healthz").body == b"ok\n"
+
+
+# ---- Hooks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hooks(tmp_path):
+    """hooks(source) -> the path of a file with it."""
+    def write(source):
+        path = tmp_path / "hooks.py"
+        path.write_text(source, encoding="utf-8")
+        return str(path)
+    return write
+
+
+def test_authenticate_hook_names_the_caller_or_refuses(start, hooks, capfd):
+    server, _ = start(RECORDED["tags"], log="json", hooks=hooks("""
+def authenticate(headers):
+    if headers.get("X-Token") != "let me in":
+        raise PermissionError("no token")
+    return "carol"
+"""))
+    answer = call(server, "GET", "/v1/models")
+    assert answer.status == 401 and answer.json()["error"]["message"] == "no token"
+    assert call(server, "GET", "/v1/models", headers={"X-Token": "let me in"}).status == 200
+    assert {r["caller"] for r in records(capfd, 2)} == {None, "carol"}
+
+
+def test_shape_hook_changes_the_body_on_every_route_or_refuses_with_a_status(start, hooks):
+    server, fake = start(RECORDED["hello"], hooks=hooks("""
+from ndjson_sse_proxy import ProxyError
+
+def shape(route, body, caller):
+    if body.get("model") == "big":
+        raise ProxyError(429, "not today", code="limit", headers=[("Retry-After", "60")])
+    return {**body, "model": "small", "seed": len(route)}
+"""))
+    chat(server)
+    assert sent(fake)["model"] == "small"
+    call(server, "POST", "/api/chat", {"model": "m"})
+    assert sent(fake) == {"model": "small", "seed": 9}
+    for path in "/v1/chat/completions", "/api/chat", "/v1/responses":
+        answer = call(server, "POST", path, {"model": "big", "messages": []})
+        assert (answer.status, answer.headers["Retry-After"]) == (429, "60")
+        assert answer.json()["error"]["type"] == "rate_limit_error" and fake.requests.empty()
+    assert call(server, "POST", "/api/chat", b"not json").status == 400
+
+
+@pytest.mark.parametrize("source", [
+    "def authenticate(headers): 1 / 0", "def shape(route, body, caller): return body['nosuch']",
+    "def shape(route, body, caller): return 5"])
+def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, capfd, source):
+    server, fake = start(RECORDED["hello"], hooks=hooks(source))
+    assert chat(server).status == 500 and fake.requests.empty()
+    assert "Traceback" in capfd.readouterr().err
+    assert call(server, "GET", "/healthz").status == 200
+
+
+def test_observe_hook_gets_the_record_and_may_break_without_harm(start, hooks, tmp_path, capfd):
+    server, _ = start(RECORDED["hello"], log="json", hooks=hooks(f"""
+def observe(record):
+    with open({str(tmp_path / "seen")!r}, "a") as file:
+        print(record["model"], record["completion_tokens"], file=file)
+    1 / 0
+"""))
+    assert chat(server).events()[-1] == "[DONE]"
+    assert chat(server).events()[-1] == "[DONE]"
+    records(capfd, 2)
+    end = time.monotonic() + DEADLINE
+    while (tmp_path / "seen").read_text() != "m 27\nm 27\n" and time.monotonic() < end:
+        pass
+    assert (tmp_path / "seen").read_text() == "m 27\nm 27\n"
+
+
+def readme_hook(name):
+    """The source of a hook in README."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    return re.search(rf"```python\n# hook: {name}\n(.*?)```", readme, re.DOTALL)[1]
+
+
+def test_readme_hook_limits_models_and_requests(start, hooks):
+    source = readme_hook("limits").replace("PER_MINUTE = 30", "PER_MINUTE = 2")
+    server, _ = start(RECORDED["hello"], api_key=(ALICE, BOB), hooks=hooks(source))
+
+    def status(model, path="/v1/chat/completions", key=ALICE[1]):
+        return call(server, "POST", path, {"model": model, "messages": []}, bearer(key)).status
+    assert status("other") == 403 and status("demo-text", key=BOB[1]) == 403
+    assert [status("demo-text"), status("demo-think", "/api/chat"), status("demo-text")] == [200, 200, 429]
+
+
+def test_readme_hook_puts_a_system_line_first(start, hooks):
+    server, fake = start(RECORDED["hello"], hooks=hooks(readme_hook("system line")))
+    for path in "/v1/chat/completions", "/api/chat":
+        call(server, "POST", path, {"model": "m", "messages": [{"role": "user", "content": "x"}]})
+        assert [m["role"] for m in sent(fake)["messages"]] == ["system", "user"]
+
+
+def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    server, _ = start(RECORDED["hello"], api_key=(ALICE,), log="json", hooks=hooks(readme_hook("usage")))
+    call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []}, bearer(ALICE[1]))
+    rows, end = [], time.monotonic() + DEADLINE
+    while not rows and time.monotonic() < end:
+        with contextlib.suppress(sqlite3.OperationalError):  # the hook runs after the answer
+            with contextlib.closing(sqlite3.connect("usage.db")) as db:
+                rows = db.execute("select caller, model, prompt, completion from usage").fetchall()
+    assert rows == [("alice", "m", 9, 27)] and "Traceback" not in capfd.readouterr().err
 
 
 # ---- Demo --------------------------------------------------------------------------------------
@@ -1732,7 +2319,7 @@ def test_program_warns_when_ollama_does_not_answer():
 @pytest.mark.parametrize("arguments, environ, text", [
     (["--listen", "127.0.0.1:99999"], {}, "--listen"),
     (["--listen", "no host"], {}, "no host"),
-    (["--listen", "192.0.2.1:0"], {}, "can't listen"),
+    (["--listen", "192.0.2.1:0", "--insecure"], {}, "can't listen"),
     (["--listen", "https://127.0.0.1:1"], {}, "HOST:PORT"),
     (["--upstream", "ftp://box"], {}, "--upstream"),
     (["--upstream", "http://user@box"], {}, "--upstream"),
@@ -1742,6 +2329,14 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--idle-timeout", "0"], {}, "--idle-timeout"),
     (["--idle-timeout", "nan"], {}, "--idle-timeout"),
     (["--nosuch"], {}, "--nosuch"),
+    (["--listen", "0.0.0.0:0"], {}, "--insecure"), (["--api-key", "short"], {}, "--api-key"),
+    (["--api-key-file", "/nonexistent/keys"], {}, "/nonexistent/keys"),
+    (["--tls-cert", "/nonexistent/cert"], {}, "No such file"),
+    (["--hooks", "/nonexistent/hooks.py"], {}, "/nonexistent/hooks.py"),
+    (["--alias", "x"], {}, "--alias"), (["--option", "num_ctx=big"], {}, "num_ctx is of type integer"),
+    (["--option", "nosuch=1"], {}, "nosuch"), (["--keep-alive", "soon"], {}, "--keep-alive"),
+    (["--log", "xml"], {}, "--log"), (["--allow-admin", "--listen", "127.0.0.1:0"], {}, "needs keys"),
+    ([], {"NDJSON_SSE_PROXY_OPTION": "num_ctx=1 top_k=x"}, "--option"),
     (["--upstream", "http://127.0.0.1:1/é"], {}, "--upstream"),
     (["--demo", "--listen", "127.0.0.1:0"], {"OLLAMA_API_KEY": "a\nb"}, "OLLAMA_API_KEY"),
     ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "--idle-timeout"),

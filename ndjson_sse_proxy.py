@@ -1374,7 +1374,7 @@ CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=
 
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(TOKEN + rb"{1,40} [!-~]+ HTTP/(\d{1,3}\.\d{1,3})\r\n")
+REQUEST_LINE = re.compile(TOKEN + rb"{1,40} /[!-~]* HTTP/(\d{1,3}\.\d{1,3})\r\n")
 HEADER_LINE = re.compile(
     b"(" + TOKEN + rb"+):[ \t]*((?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)[ \t]*\r\n")
 ONCE_ONLY = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization",
@@ -1562,7 +1562,7 @@ class ProxyHandler(JsonHandler):
 
     def admit(self) -> Callable[[ProxyHandler], None]:
         """The method for this request, if its Host, its Origin and its key are right."""
-        self.path = self.requestline.split()[1]  # the base class changes a // at its start
+        self.path = self.requestline.split(" ")[1]  # the base class changes a // at its start
         self.record["method"] = self.command
         self.check_host()
         self.check_origin()
@@ -2199,10 +2199,10 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
         r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[!\"$->@-~]*)?",
         text.strip(), re.ASCII | re.IGNORECASE)
     if not match or int(match[3] or 0) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
+        raise ValueError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
     if path.rstrip("/").endswith("/v1"):
-        raise argparse.ArgumentTypeError(f"{text!r} should be without /v1: the native API is used")
+        raise ValueError(f"{text!r} should be without /v1: the native API is used")
     if scheme:
         port = 443 if scheme.lower() == "https" else 80
     return urllib.parse.urlsplit(
@@ -2210,32 +2210,10 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
 
 
 def parse_listen(text: str) -> urllib.parse.SplitResult:
-    """HOST:PORT to listen on."""
+    """HOST:PORT, or either of them, to listen on."""
     if "/" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+        raise ValueError(f"{text!r} is not HOST:PORT")
     return parse_url(":" + text if text.isdigit() else text, 11435)
-
-
-def parse_seconds(text: str) -> float:
-    """A number of seconds above 0, and no more than a socket's timeout can take."""
-    if not re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", text) or float(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
-    return float(text)
-
-
-def parse_switch(text: str) -> bool:
-    """What a switch is set to in the environment."""
-    if text.lower() not in ("1", "true", "yes", "on", "0", "false", "no", "off"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0")
-    return text.lower() in ("1", "true", "yes", "on")
-
-
-def parse_pair(text: str) -> tuple[str, str]:
-    """NAME=MODEL"""
-    name, _, value = text.partition("=")
-    if not name or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -2244,62 +2222,55 @@ def parse_option(text: str) -> tuple[str, Any]:
     >>> parse_option("num_ctx=16384"), parse_option("stop=###")
     (('num_ctx', 16384), ('stop', ['###']))
     """
-    name, value = parse_pair(text)
-    if name not in OPTIONS:
-        raise argparse.ArgumentTypeError(f"{name!r} is none of Ollama's options")
+    name, _, value = text.partition("=")
     if name == "stop":
         return name, [value]
     try:
         return name, expect(PLAIN_JSON.decode(value), OPTIONS[name], name)
+    except KeyError:
+        raise ValueError(f"{name!r} is none of Ollama's options") from None
     except (ValueError, ProxyError):
-        raise argparse.ArgumentTypeError(f"{text!r}: {name} is of type {OPTIONS[name]}") from None
+        raise ValueError(f"{text!r}: {name} is of type {OPTIONS[name]}") from None
 
 
-def parse_keep_alive(text: str) -> str | float:
-    """A duration as Ollama takes it: 5m, 1h30m, or seconds; negative means for ever."""
-    if re.fullmatch(r"-?\d{1,9}", text):
-        return int(text)
-    if not re.fullmatch(r"-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration such as 300, 5m or 1h30m")
-    return text
+def matching(pattern: str, meaning: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A reader for texts that match a pattern."""
+    def read(text: str) -> Any:
+        if not re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
+            raise ValueError(f"{text!r} is not {meaning}")
+        return convert(text)
+    return read
 
 
-def parse_key_flag(text: str) -> tuple[str, str]:
-    """[NAME:]KEY"""
-    try:
-        return parse_key(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def parse_log(text: str) -> str:
-    """text or json"""
-    if text not in ("text", "json"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither text nor json")
-    return text
-
-
-# Each field of Config: its reader, what its value is called, what it is for. This makes the flag
-# --its-name, its twin in the environment NDJSON_SSE_PROXY_ITS_NAME, and their line in --help.
+SWITCH = matching("1|true|yes|on|0|false|no|off", "1 or 0",
+                  lambda text: text.lower() in ("1", "true", "yes", "on"))
+# Each field of Config: its reader (which raises ValueError), what its value is called, what it is
+# for. This makes the flag --its-name, its twin in the environment NDJSON_SSE_PROXY_ITS_NAME, and
+# their line in --help.
 FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "listen": (parse_listen, "HOST:PORT", "where clients connect; with port 0, any free one"),
     "upstream": (parse_url, "URL", "where Ollama is; without it $OLLAMA_HOST, if that is set"),
-    "demo": (parse_switch, "", "answer from a scripted Ollama inside the process"),
-    "api_key": (parse_key_flag, "[NAME:]KEY", "who may call; in the process list, so better:"),
+    "demo": (SWITCH, "1", "answer from a scripted Ollama inside the process"),
+    "api_key": (parse_key, "[NAME:]KEY", "who may call; in the process list, so better:"),
     "api_key_file": (str, "FILE", "the same, a line each; read anew when the file changes"),
-    "insecure": (parse_switch, "", "listen on other addresses than loopback without keys"),
+    "insecure": (SWITCH, "1", "listen on other addresses than loopback without keys"),
     "allowed_host": (str.lower, "HOST", "a further name that clients may use for this server"),
     "cors_origin": (str, "ORIGIN", "a site whose pages may call, besides those of localhost"),
-    "allow_admin": (parse_switch, "", "let pull, push, create, copy and delete through"),
+    "allow_admin": (SWITCH, "1", "let pull, push, create, copy and delete through"),
     "tls_cert": (str, "FILE", "serve HTTPS with this certificate (PEM)"),
     "tls_key": (str, "FILE", "its private key, if that is not in the same file"),
-    "alias": (parse_pair, "NAME=MODEL", "a further name for a model"),
+    "alias": (matching("[^=]+=.+", "NAME=MODEL", lambda text: tuple(text.split("=", 1))),
+              "NAME=MODEL", "a further name for a model"),
     "option": (parse_option, "KEY=VALUE", "default for one of Ollama's options (num_ctx=16384)"),
-    "keep_alive": (parse_keep_alive, "DURATION", "default for how long models stay loaded"),
-    "allow_truncation": (parse_switch, "", "let Ollama cut a prompt that does not fit, silently"),
+    "keep_alive": (matching(r"-?\d{1,9}|-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+",
+                            "a duration such as 300, 5m or 1h30m",
+                            lambda text: text if text[-1].isalpha() else int(text)),
+                   "DURATION", "default for how long models stay loaded"),
+    "allow_truncation": (SWITCH, "1", "let Ollama cut a prompt that does not fit, silently"),
     "hooks": (str, "FILE.py", "Python with authenticate(), shape() or observe()"),
-    "log": (parse_log, "text|json", "form of the log on stderr"),
-    "idle_timeout": (parse_seconds, "SECONDS", "longest silence of Ollama, loading included"),
+    "log": (matching("text|json", "text or json", str.lower), "text|json", "form of the log"),
+    "idle_timeout": (matching(r"(?=.*[1-9])\d{1,7}(\.\d{1,9})?", "a number of seconds above 0",
+                              float), "SECONDS", "longest silence of Ollama, loading included"),
 }
 
 
@@ -2319,29 +2290,27 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. $OLLAMA_API_KEY goes to the upstream "
         "as its bearer.")
     parser.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
-    for name, (reader, metavar, text) in FLAGS.items():
+    for name, (_, metavar, text) in FLAGS.items():
         default = Config._field_defaults[name]
-        twin = environ.get("NDJSON_SSE_PROXY_" + name.upper())
-        if name == "upstream":
-            twin = twin or environ.get("OLLAMA_HOST")
-        more: Json = {"metavar": metavar}
-        if reader is parse_switch:
-            more = {"nargs": "?", "const": True, "metavar": "1"}
-        elif default == ():
-            text += "; repeatable"
-            more = {**more, "action": "append"}
-        elif default:
+        more: Json = {"action": "append"} if default == () else {}
+        if FLAGS[name][0] is SWITCH:
+            more = {"nargs": "?", "const": "1"}
+        if default:
             text += f" (default: {getattr(default, 'netloc', default)})"
-        parser.add_argument("--" + name.replace("_", "-"), type=reader, help=text,
-                            default=None if default == () else twin or default, **more)
-    values = vars(parser.parse_args(argv))
-    for name, value in values.items():  # a list from flags, else from the twin, between blanks
-        if Config._field_defaults[name] == ():
-            words = environ.get("NDJSON_SSE_PROXY_" + name.upper(), "").split()
-            try:
-                values[name] = tuple(value or map(FLAGS[name][0], words))
-            except argparse.ArgumentTypeError as error:
-                parser.error(f"argument --{name.replace('_', '-')}: {error}")
+        parser.add_argument("--" + name.replace("_", "-"), metavar=metavar,
+                            help=text + "; repeatable" * (default == ()), **more)
+    values: Json = {}
+    for name, given in vars(parser.parse_args(argv)).items():
+        flag, default, reader = name.replace("_", "-"), Config._field_defaults[name], FLAGS[name][0]
+        twin = environ.get("NDJSON_SSE_PROXY_" + name.upper()) or (
+            environ.get("OLLAMA_HOST") if name == "upstream" else None)
+        try:
+            if default == ():  # a list of flags, or a twin with values between blanks
+                values[name] = tuple(map(reader, given or (twin or "").split()))
+            elif given or twin:
+                values[name] = reader(given or twin)
+        except ValueError as error:
+            parser.error(f"--{flag}: {error}" if given else f"the environment's {flag}: {error}")
     return Config(**values)
 
 

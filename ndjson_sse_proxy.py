@@ -2250,13 +2250,13 @@ SWITCH = matching("1|true|yes|on|0|false|no|off", "1 or 0",
 FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "listen": (parse_listen, "HOST:PORT", "where clients connect; with port 0, any free one"),
     "upstream": (parse_url, "URL", "where Ollama is; without it $OLLAMA_HOST, if that is set"),
-    "demo": (SWITCH, "1", "answer from a scripted Ollama inside the process"),
-    "api_key": (parse_key, "[NAME:]KEY", "who may call; in the process list, so better:"),
-    "api_key_file": (str, "FILE", "the same, a line each; read anew when the file changes"),
-    "insecure": (SWITCH, "1", "listen on other addresses than loopback without keys"),
+    "demo": (SWITCH, "", "answer from a scripted Ollama inside the process"),
+    "api_key": (parse_key, "[NAME:]KEY", "who may call (the process list shows it)"),
+    "api_key_file": (str, "FILE", "who may call, a line each; read anew if it changes"),
+    "insecure": (SWITCH, "", "listen on other addresses than loopback without keys"),
     "allowed_host": (str.lower, "HOST", "a further name that clients may use for this server"),
     "cors_origin": (str, "ORIGIN", "a site whose pages may call, besides those of localhost"),
-    "allow_admin": (SWITCH, "1", "let pull, push, create, copy and delete through"),
+    "allow_admin": (SWITCH, "", "let pull, push, create, copy and delete through"),
     "tls_cert": (str, "FILE", "serve HTTPS with this certificate (PEM)"),
     "tls_key": (str, "FILE", "its private key, if that is not in the same file"),
     "alias": (matching("[^=]+=.+", "NAME=MODEL", lambda text: tuple(text.split("=", 1))),
@@ -2266,7 +2266,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
                             "a duration such as 300, 5m or 1h30m",
                             lambda text: text if text[-1].isalpha() else int(text)),
                    "DURATION", "default for how long models stay loaded"),
-    "allow_truncation": (SWITCH, "1", "let Ollama cut a prompt that does not fit, silently"),
+    "allow_truncation": (SWITCH, "", "let Ollama cut a prompt that does not fit, silently"),
     "hooks": (str, "FILE.py", "Python with authenticate(), shape() or observe()"),
     "log": (matching("text|json", "text or json", str.lower), "text|json", "form of the log"),
     "idle_timeout": (matching(r"(?=.*[1-9])\d{1,7}(\.\d{1,9})?", "a number of seconds above 0",
@@ -2292,21 +2292,22 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
     parser.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
     for name, (_, metavar, text) in FLAGS.items():
         default = Config._field_defaults[name]
-        more: Json = {"action": "append"} if default == () else {}
+        kind: Json = {"metavar": metavar, "action": "append" if default == () else "store"}
         if FLAGS[name][0] is SWITCH:
-            more = {"nargs": "?", "const": "1"}
+            kind = {"action": "store_const", "const": "1"}
         if default:
             text += f" (default: {getattr(default, 'netloc', default)})"
-        parser.add_argument("--" + name.replace("_", "-"), metavar=metavar,
-                            help=text + "; repeatable" * (default == ()), **more)
+        parser.add_argument("--" + name.replace("_", "-"), **kind,
+                            help=text + "; repeatable" * (default == ()))
     values: Json = {}
     for name, given in vars(parser.parse_args(argv)).items():
         flag, default, reader = name.replace("_", "-"), Config._field_defaults[name], FLAGS[name][0]
-        twin = environ.get("NDJSON_SSE_PROXY_" + name.upper()) or (
-            environ.get("OLLAMA_HOST") if name == "upstream" else None)
+        twin = environ.get("NDJSON_SSE_PROXY_" + name.upper(), "")
+        if name == "upstream":
+            twin = twin or environ.get("OLLAMA_HOST", "")
         try:
             if default == ():  # a list of flags, or a twin with values between blanks
-                values[name] = tuple(map(reader, given or (twin or "").split()))
+                values[name] = tuple(map(reader, given or twin.split()))
             elif given or twin:
                 values[name] = reader(given or twin)
         except ValueError as error:

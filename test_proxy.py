@@ -1973,21 +1973,29 @@ def test_passed_body_in_capitals_cannot_slip_past_the_alias(start):
 # ---- Observe -----------------------------------------------------------------------------------
 
 
-def records(capfd, count):
-    """The JSON lines of the log, once there are so many; the last comes after its answer."""
-    lines, end = [], time.monotonic() + DEADLINE
-    while len(lines) < count and time.monotonic() < end:
-        lines += [json.loads(line) for line in capfd.readouterr().err.splitlines() if line[:1] == "{"]
-    assert len(lines) == count
+@pytest.fixture
+def log(monkeypatch):
+    """A queue of what the proxy says on stderr."""
+    lines = queue.Queue()
+    monkeypatch.setattr(proxy_module, "say", lines.put)
     return lines
 
 
-def test_each_request_is_one_line_that_says_what_happened(start, capfd):
+def records(log, count):
+    """The next JSON lines of the log; they come just after their answers."""
+    found = []
+    while len(found) < count:
+        line = log.get(timeout=DEADLINE)
+        found += [json.loads(line)] if line[:1] == "{" else []
+    return found
+
+
+def test_each_request_is_one_line_that_says_what_happened(start, log):
     server, fake = start(RECORDED["hello"], api_key=(ALICE,), log="json")
     key = bearer(ALICE[1])
     answer = call(server, "POST", "/v1/chat/completions", {
         "model": "m", "messages": [{"role": "user", "content": "SECRET"}], "stream": True, "x": 1}, key)
-    record = records(capfd, 1)[0]
+    record = records(log, 1)[0]
     assert tuple(record) == proxy_module.RECORD_NAMES
     assert record["id"] == answer.headers["X-Request-Id"] and record["caller"] == "alice"
     assert (record["method"], record["route"], record["model"], record["status"]) == (
@@ -2001,21 +2009,21 @@ def test_each_request_is_one_line_that_says_what_happened(start, capfd):
         fake.steps = [RECORDED[name]]
         for headers in key, {**key, **SSE}:
             call(server, "POST", path, body, headers)
-            record = records(capfd, 1)[0]
+            record = records(log, 1)[0]
             assert record["completion_tokens"] == counts[1] and record["end"] == "done"
 
 
 @pytest.mark.parametrize("steps, end, error", [
     ((RECORDED["die_mid"],), "error", "upstream_error"), ((SAID,), "upstream cut", "upstream_cut"),
     ((RECORDED["missing"],), "error", "model_not_found")])
-def test_log_says_how_a_request_failed(start, capfd, steps, end, error):
+def test_log_says_how_a_request_failed(start, log, steps, end, error):
     server, _ = start(*steps, log="json")
     chat(server)
-    record = records(capfd, 1)[0]
+    record = records(log, 1)[0]
     assert (record["end"], record["error"]) == (end, error)
 
 
-def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(start, capfd):
+def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(start, log):
     endless = chunk(says("x" * 1000)) * 5000
     for steps, until, end in [((RECORDED["hello"],), b"[DONE]", "done"),
                               ((HEAD, endless), b"data:", "client hang-up")]:
@@ -2027,16 +2035,13 @@ def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(s
             while until not in seen:
                 seen += client.recv(100)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        assert records(capfd, 1)[0]["end"] == end
+        assert records(log, 1)[0]["end"] == end
 
 
-def test_text_log_is_one_line_without_control_characters(start, capfd):
+def test_text_log_is_one_line_without_control_characters(start, log):
     server, _ = start(RECORDED["missing"])
     chat(server, model="a\x1b[2J\nb\u2028", stream=False)
-    end = time.monotonic() + DEADLINE
-    text = ""
-    while "\n" not in text and time.monotonic() < end:
-        text += capfd.readouterr().err
+    text = log.get(timeout=DEADLINE)
     assert len(text.splitlines()) == 1 and "\x1b" not in text
     assert "model=a\\x1b[2J\\nb\\u2028" in text and "status=404" in text and "end=error" in text
 
@@ -2106,7 +2111,7 @@ def hooks(tmp_path):
     return write
 
 
-def test_authenticate_hook_names_the_caller_or_refuses(start, hooks, capfd):
+def test_authenticate_hook_names_the_caller_or_refuses(start, hooks, log):
     server, _ = start(RECORDED["tags"], log="json", hooks=hooks("""
 def authenticate(headers):
     if headers.get("X-Token") != "let me in":
@@ -2116,7 +2121,7 @@ def authenticate(headers):
     answer = call(server, "GET", "/v1/models")
     assert answer.status == 401 and answer.json()["error"]["message"] == "no token"
     assert call(server, "GET", "/v1/models", headers={"X-Token": "let me in"}).status == 200
-    assert {r["caller"] for r in records(capfd, 2)} == {None, "carol"}
+    assert {r["caller"] for r in records(log, 2)} == {None, "carol"}
 
 
 def test_shape_hook_changes_the_body_on_every_route_or_refuses_with_a_status(start, hooks):
@@ -2149,7 +2154,7 @@ def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, capfd, source
     assert call(server, "GET", "/healthz").status == 200
 
 
-def test_observe_hook_gets_the_record_and_may_break_without_harm(start, hooks, tmp_path, capfd):
+def test_observe_hook_gets_the_record_and_may_break_without_harm(start, hooks, tmp_path, log):
     server, _ = start(RECORDED["hello"], log="json", hooks=hooks(f"""
 def observe(record):
     with open({str(tmp_path / "seen")!r}, "a") as file:
@@ -2158,10 +2163,8 @@ def observe(record):
 """))
     assert chat(server).events()[-1] == "[DONE]"
     assert chat(server).events()[-1] == "[DONE]"
-    records(capfd, 2)
-    end = time.monotonic() + DEADLINE
-    while (tmp_path / "seen").read_text() != "m 27\nm 27\n" and time.monotonic() < end:
-        pass
+    said = [log.get(timeout=DEADLINE) for _ in range(4)]  # each time a record and a traceback
+    assert sum("ZeroDivisionError" in text for text in said) == 2
     assert (tmp_path / "seen").read_text() == "m 27\nm 27\n"
 
 

@@ -357,6 +357,14 @@ def demo():
     server.server_close()
 
 
+@pytest.fixture
+def log(monkeypatch):
+    """A queue of what the proxy says on stderr."""
+    lines = queue.Queue()
+    monkeypatch.setattr(proxy_module, "say", lines.put)
+    return lines
+
+
 class Answer:
     """What a client got. `cut`: the body ended before its end was said."""
 
@@ -1613,12 +1621,12 @@ def test_no_models_are_an_empty_list(start, body):
     assert call(server, "GET", "/v1/models").json() == {"object": "list", "data": []}
 
 
-def test_fault_of_the_proxy_itself_is_a_500_and_its_traceback_is_logged(start, monkeypatch, capfd):
+def test_fault_of_the_proxy_itself_is_a_500_and_its_traceback_is_logged(start, monkeypatch, log):
     monkeypatch.setattr(proxy_module, "translate", lambda *_: 1 / 0)
     server, _ = start(RECORDED["hello"])
     answer = chat(server)
     assert answer.status == 500 and answer.json()["error"]["type"] == "server_error"
-    assert "ZeroDivisionError" in capfd.readouterr().err
+    assert "ZeroDivisionError" in "\n".join(log.queue)
 
 
 # ---- HTTP without ambiguity --------------------------------------------------------------------
@@ -1732,7 +1740,7 @@ def bearer(key):
     (bearer("alice:sk-alice-0123"), 401), (bearer("\xfc" * 9), 401), ({"x-api-key": "nope-nope"}, 401),
     (bearer("sk-alice-0123"), 200), ({"authorization": "bearer  sk-bob-01234567 "}, 200),
     ({"x-api-key": "sk-alice-0123"}, 200)])
-def test_only_who_has_a_key_may_call(start, capfd, headers, status):
+def test_only_who_has_a_key_may_call(start, log, headers, status):
     server, fake = start(RECORDED["hello"], api_key=(ALICE, BOB))
     for method, path in ("GET", "/v1/models"), ("POST", "/api/chat"), ("GET", "/metrics"):
         answer = call(server, method, path, b"{}" if method == "POST" else None, headers)
@@ -1742,7 +1750,7 @@ def test_only_who_has_a_key_may_call(start, capfd, headers, status):
     if status == 401:
         assert answer.headers["WWW-Authenticate"] == "Bearer" and fake.requests.empty()
         assert answer.json()["error"]["code"] == "invalid_api_key"
-    log = capfd.readouterr().err
+    log = "\n".join(log.queue)
     assert "sk-" not in log and "nope" not in log and "wrong" not in log
 
 
@@ -1767,7 +1775,7 @@ def write_keys(path, text):
     os.replace(str(new), str(path))
 
 
-def test_key_file_is_read_anew_when_it_changes(start, tmp_path, capfd):
+def test_key_file_is_read_anew_when_it_changes(start, tmp_path, log):
     path = tmp_path / "keys"
     write_keys(path, "# callers\n\nalice:sk-alice-0123\nsk-bob-01234567\n")
     server, _ = start(RECORDED["tags"], api_key_file=str(path))
@@ -1779,7 +1787,7 @@ def test_key_file_is_read_anew_when_it_changes(start, tmp_path, capfd):
     assert (status("sk-alice-0123"), status("sk-bob-01234567")) == (401, 200)
     write_keys(path, "sk-bob-01234567\nshort\n")  # broken: the old ones stay, and it says so, once
     assert (status("sk-bob-01234567"), status("sk-alice-0123")) == (200, 401)
-    assert capfd.readouterr().err.count("the old keys stay in force") == 1
+    assert "\n".join(log.queue).count("the old keys stay in force") == 1
     path.unlink()
     assert status("sk-bob-01234567") == 200
     write_keys(path, "")  # nobody has a key any more; that is not the same as asking for none
@@ -1973,14 +1981,6 @@ def test_passed_body_in_capitals_cannot_slip_past_the_alias(start):
 # ---- Observe -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def log(monkeypatch):
-    """A queue of what the proxy says on stderr."""
-    lines = queue.Queue()
-    monkeypatch.setattr(proxy_module, "say", lines.put)
-    return lines
-
-
 def records(log, count):
     """The next JSON lines of the log; they come just after their answers."""
     found = []
@@ -2147,10 +2147,10 @@ def shape(route, body, caller):
 @pytest.mark.parametrize("source", [
     "def authenticate(headers): 1 / 0", "def shape(route, body, caller): return body['nosuch']",
     "def shape(route, body, caller): return 5"])
-def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, capfd, source):
+def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, log, source):
     server, fake = start(RECORDED["hello"], hooks=hooks(source))
     assert chat(server).status == 500 and fake.requests.empty()
-    assert "Traceback" in capfd.readouterr().err
+    assert "Traceback" in "\n".join(log.queue)
     assert call(server, "GET", "/healthz").status == 200
 
 
@@ -2191,7 +2191,7 @@ def test_readme_hook_puts_a_system_line_first(start, hooks):
         assert [m["role"] for m in sent(fake)["messages"]] == ["system", "user"]
 
 
-def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch, capfd):
+def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch, log):
     monkeypatch.chdir(tmp_path)
     server, _ = start(RECORDED["hello"], api_key=(ALICE,), log="json", hooks=hooks(readme_hook("usage")))
     call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []}, bearer(ALICE[1]))
@@ -2200,7 +2200,7 @@ def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch,
         with contextlib.suppress(sqlite3.OperationalError):  # the hook runs after the answer
             with contextlib.closing(sqlite3.connect("usage.db")) as db:
                 rows = db.execute("select caller, model, prompt, completion from usage").fetchall()
-    assert rows == [("alice", "m", 9, 27)] and "Traceback" not in capfd.readouterr().err
+    assert rows == [("alice", "m", 9, 27)] and "Traceback" not in "\n".join(log.queue)
 
 
 # ---- Demo --------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ndjson_sse_proxy: Ollama's NDJSON in, the SSE that OpenAI clients read out.
+r"""ndjson_sse_proxy: Ollama's NDJSON in, the SSE that OpenAI clients read out.
 
     python ndjson_sse_proxy.py            # in front of the Ollama on this machine
     python ndjson_sse_proxy.py --demo     # nothing installed: a scripted Ollama answers
@@ -28,10 +28,10 @@ test it and paste it elsewhere on its own (with the imports, MAX_LINE_BYTES and 
 errors). A translated stream ends in exactly one of two ways: a finish_reason and `[DONE]`, or an
 error frame. An answer that was cut is never passed off as a whole one.
 
-What it does not do: no TLS, no authentication (it listens on this machine only, unless told
-otherwise), no caching, no retries, no prompts of its own.
+What it does not do: no caching, no retries, no limit of requests, no prompts of its own.
 
-To learn streaming read sections 3, 4, 6; then 5 (the fields of a request) and 8 and 10 (HTTP).
+To learn streaming read sections 3, 4, 6; then 5 (the fields of a request), 7 (who may call, what
+is sent on, what happened) and 8 and 10 (HTTP). Sections 9 and 12 are still to come.
 """
 from __future__ import annotations
 
@@ -459,9 +459,10 @@ def to_usage_wish(value: Json, param: str) -> bool:
 def to_function_name(tool: Json, where: str) -> str:
     """The name in {"type": "function", "function": {"name": ...}}; Ollama has no other tools."""
     one_of({"function": True})(part(tool, "type", "string", where), f"{where}.type")
-    function = part(tool, "function", "object", where)
-    return str(part(function, "name", "string", f"{where}.function")) or str(
-        one_of({})("", f"{where}.function.name"))
+    name = part(part(tool, "function", "object", where), "name", "string", f"{where}.function")
+    if not name:
+        raise ProxyError(400, f"'{where}.function.name' is empty", f"{where}.function.name")
+    return str(name)
 
 
 def to_tools(tools: list[Any], param: str) -> list[Any]:
@@ -1085,6 +1086,9 @@ class Keys:
         """Are keys asked for? Also when the file has none left: then nobody may call."""
         return bool(self._given or self._path)
 
+    def __len__(self) -> int:
+        return len(self._digests)
+
     def caller(self, presented: str) -> str | None:
         """The name of a key's owner, or None. Takes the same time for each wrong key."""
         try:
@@ -1092,7 +1096,7 @@ class Keys:
         except (OSError, ValueError) as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                say(f"warning: the old keys stay in force: {self._path}: {error}")
+                say(f"warning: the old keys stay in force: {error}")
         digest = hashlib.sha256(presented.encode("utf-8", "replace")).digest()
         owners = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
         return owners[0] if owners else None
@@ -1105,8 +1109,12 @@ class Keys:
             return
         keys = list(self._given)
         if self._path:
-            with open(self._path, encoding="utf-8") as file:
-                keys += [parse_key(line) for line in file if line.strip() and line[0] != "#"]
+            with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
+                for number, line in enumerate(file, 1):
+                    try:
+                        keys += [parse_key(line)] if line.strip() and line[0] != "#" else []
+                    except ValueError as error:
+                        raise ValueError(f"{self._path}, line {number}: {error}") from None
         self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
                          for i, (name, key) in enumerate(keys, 1)]
         self._stamp, self._complaint = stamp, ""
@@ -1119,17 +1127,19 @@ class Hooks:
     def __init__(self, path: str) -> None:
         # So that a hook's `from ndjson_sse_proxy import ProxyError` finds this program, running.
         sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
-        self._names: Json = {}
-        if path:
-            self._names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks")
+        names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
+        self.found: dict[str, Callable[..., Any]] = {
+            name: names[name] for name in ("authenticate", "shape", "observe") if name in names}
+        if path and not self.found:  # a slip in a name must not leave the door open
+            raise ValueError(f"{path} defines neither authenticate nor shape nor observe")
 
     def __contains__(self, name: str) -> bool:
-        return callable(self._names.get(name))
+        return name in self.found
 
     def call(self, name: str, *arguments: Any) -> Any:
         """What the hook returns. A ProxyError that it raises is its refusal; another fault is ours
         to survive, and ends as a 500."""
-        return self._names[name](*arguments)
+        return self.found[name](*arguments)
 
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
@@ -1544,6 +1554,7 @@ class ProxyHandler(JsonHandler):
             route(self)
             refused = (self.record["status"] or 0) >= 400  # by Ollama, in words passed through
             self.record["end"] = self.record["end"] or ("error" if refused else "done")
+            self.record["error"] = f"status_{self.record['status']}" if refused else None
         except ProxyError as error:
             self.fail(error)
         except OSError:  # upstream's are ProxyErrors; so the client is gone, and nobody to tell
@@ -1586,7 +1597,8 @@ class ProxyHandler(JsonHandler):
         known = ("localhost", "127.0.0.1", "::1", "-", self.connection.getsockname()[0],
                  self.server.config.listen.hostname, *self.server.config.allowed_host)
         if host not in known and not host.endswith(".localhost"):
-            raise ProxyError(403, f"the Host {host} is not known; --allowed-host {host} allows it")
+            raise ProxyError(403, f"the Host {host} is not known; --allowed-host {host} allows it",
+                             code="host_not_allowed")
 
     def check_origin(self) -> None:
         """Browsers let any page send simple POSTs anywhere; the page's site is in Origin."""
@@ -1595,7 +1607,8 @@ class ProxyHandler(JsonHandler):
             return
         own = origin.partition("://")[2] == self.headers.get("Host")
         if not (own or LOCAL_ORIGIN.fullmatch(origin) or origin in allowed or "*" in allowed):
-            raise ProxyError(403, f"pages of {origin[:200]} may not call; --cors-origin lets them")
+            raise ProxyError(403, f"pages of this origin may not call; --cors-origin "
+                             f"{origin[:200]} lets them", code="origin_not_allowed")
         self.origin = origin
 
     def authenticate(self) -> str | None:
@@ -1604,10 +1617,13 @@ class ProxyHandler(JsonHandler):
                              headers=[("WWW-Authenticate", "Bearer")])
         if "authenticate" in self.server.hooks:
             try:
-                return str(self.server.hooks.call("authenticate", self.headers))
+                caller = self.server.hooks.call("authenticate", self.headers)
             except PermissionError as error:
                 refusal.message = str(error) or refusal.message
                 raise refusal from None
+            if not isinstance(caller, str):  # a forgotten `return` must not let everybody in
+                raise TypeError(f"authenticate() returned {caller!r}, which is no caller's name")
+            return caller
         if not self.server.keys:
             return None
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
@@ -1645,14 +1661,14 @@ class ProxyHandler(JsonHandler):
             raise ProxyError(405, f"{known} takes {allow} only", headers=[("Allow", allow)])
         hint = "; leave out the slash at its end" if path.rstrip("/") in ROUTES else ""
         if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
-            hint = f"; base_url should be {self.server.url}/v1"
+            hint = f"; base_url should be {self.base_url()}"
         raise ProxyError(404, f"no route {self.command} {path[:200]}{hint}", code="no_route")
 
     # --- routes ---
 
     def root(self) -> None:
         """GET and HEAD /: the `ollama` program asks here whether anybody is there."""
-        self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.server.url}/v1\n")
+        self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url()}\n")
 
     def preflight(self) -> None:
         """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
@@ -1712,7 +1728,8 @@ class ProxyHandler(JsonHandler):
             streams.append(kind(self.record["model"], stream_id, created, request.reply, index))
             with contextlib.closing(self.ask(request, index)) as answer:
                 for chunk in translate(answer.pieces(), streams[-1]):
-                    self.note_first_token()
+                    if self.record["first_token_seconds"] is None:
+                        self.record["first_token_seconds"] = self.elapsed()
                     yield chunk
             self.record["prompt_tokens"], self.record["completion_tokens"] = count_tokens(streams)
         if request.reply.get("include_usage") or not request.reply.get("stream"):
@@ -1748,7 +1765,7 @@ class ProxyHandler(JsonHandler):
     def passthrough(self) -> None:
         """Ollama's own formats, byte for byte, or on request each line of NDJSON as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
-        body = self.shape_native() if self.command == "POST" else self.body or None
+        body = self.shape_native() if self.body or self.command == "POST" else None
         with contextlib.closing(self.server.upstream.request(
                 self.command, self.target, body, headers)) as answer:
             framed = "text/event-stream" in self.headers.get("Accept", "")
@@ -1763,10 +1780,10 @@ class ProxyHandler(JsonHandler):
 
     def watched(self, answer: UpstreamAnswer) -> Iterator[bytes]:
         """The pieces of an answer that is passed through; the counts at its end are noted."""
-        tail = b""
+        tail, first = b"", 0.0
         try:
             for piece in answer.pieces():
-                self.note_first_token()
+                first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
         finally:  # raw_frames() reads no further than the record that says done
@@ -1774,6 +1791,7 @@ class ProxyHandler(JsonHandler):
                 found = pattern.findall(tail)
                 if found and answer.status == 200:
                     self.record[name] = int(found[-1])
+                    self.record["first_token_seconds"] = first
 
     def models(self) -> None:
         """GET /v1/models: /api/tags in OpenAI's form, with what Ollama knows beyond it."""
@@ -1815,8 +1833,9 @@ class ProxyHandler(JsonHandler):
 
     def shape_native(self) -> bytes:
         """The body of a route that is passed through: the same bytes, unless it is to be changed.
-        Audio is not looked into."""
+        Audio is not looked into; the hook sees {} and may refuse it."""
         if self.record["route"] == "/v1/audio/transcriptions":
+            self.shape({})
             return self.body
         try:
             body = parse_object(self.body, CLIENT_JSON)
@@ -1831,16 +1850,16 @@ class ProxyHandler(JsonHandler):
         after = to_json(self.shape(body))
         return self.body if after == before else after.encode("utf-8", "backslashreplace")
 
-    def note_first_token(self) -> None:
-        """The time to the first token, once."""
-        if self.record["first_token_seconds"] is None:
-            self.record["first_token_seconds"] = round(time.monotonic() - self.started, 6)
+    def elapsed(self) -> float:
+        """Seconds since the request began."""
+        return round(time.monotonic() - self.started, 6)
 
     def observe(self) -> None:
         """The request has ended: a line in the log, numbers in the metrics, a call of the hook."""
         record = self.record
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record["seconds"] = round(time.monotonic() - self.started, 6)
+        record["seconds"] = self.elapsed()
+        record["client"] = self.client_address[0]
         rest = record["seconds"] - (record["first_token_seconds"] or 0)
         if record["completion_tokens"] and rest > 0:
             record["tokens_per_second"] = round(record["completion_tokens"] / rest, 1)
@@ -1857,6 +1876,11 @@ class ProxyHandler(JsonHandler):
         self.record["status"] = int(code)
 
     # --- helpers ---
+
+    def base_url(self) -> str:
+        """What an SDK is to be given, by the name that this client knows us by."""
+        own = urllib.parse.urlsplit(self.server.url)
+        return f"{own.scheme}://{self.headers.get('Host', own.netloc)}/v1"
 
     def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8") -> None:
         """A whole answer of text."""
@@ -1928,7 +1952,7 @@ class ProxyHandler(JsonHandler):
 
 
 RECORD_NAMES = (
-    "time", "id", "caller", "method", "route", "model", "status", "prompt_tokens",
+    "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
     "ignored")
 # The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
@@ -2024,7 +2048,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that is gone is no event; anything else is ours and must be seen."""
-        if not isinstance(sys.exc_info()[1], OSError):
+        error = sys.exc_info()[1]
+        if isinstance(error, ssl.SSLError):
+            say(f"warning: no TLS with {client_address[0]}: {error}")
+        elif not isinstance(error, OSError):
             super().handle_error(request, client_address)
 
 
@@ -2046,7 +2073,11 @@ class ProxyServer(Server):
         if config.tls_cert or config.tls_key:
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            self.tls.load_cert_chain(config.tls_cert, config.tls_key or None)
+            try:
+                self.tls.load_cert_chain(config.tls_cert, config.tls_key or None)
+            except OSError as error:
+                raise ValueError(f"--tls-cert {config.tls_cert} --tls-key {config.tls_key}: "
+                                 f"{error}") from None
         super().__init__(host, config.listen.port or 0, ProxyHandler)
         self.url = self.url.replace("http:", "https:") if self.tls else self.url
 
@@ -2254,8 +2285,10 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "api_key": (parse_key, "[NAME:]KEY", "who may call (the process list shows it)"),
     "api_key_file": (str, "FILE", "who may call, a line each; read anew if it changes"),
     "insecure": (SWITCH, "", "listen on other addresses than loopback without keys"),
-    "allowed_host": (str.lower, "HOST", "a further name that clients may use for this server"),
-    "cors_origin": (str, "ORIGIN", "a site whose pages may call, besides those of localhost"),
+    "allowed_host": (matching(r"[\w.-]+|[0-9a-f:]+", "a name or an address alone", str.lower),
+                     "HOST", "a further name or address that clients may use for this server"),
+    "cors_origin": (matching(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", "like https://chat.example", str),
+                    "ORIGIN", "a site whose pages may call, besides localhost; *: any"),
     "allow_admin": (SWITCH, "", "let pull, push, create, copy and delete through"),
     "tls_cert": (str, "FILE", "serve HTTPS with this certificate (PEM)"),
     "tls_key": (str, "FILE", "its private key, if that is not in the same file"),
@@ -2353,7 +2386,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
-    say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}")
+    say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
+        f"{len(server.keys)}, hooks: {', '.join(server.hooks.found) or 'none'}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
     try:
         server.serve_forever()

@@ -1386,7 +1386,8 @@ def test_other_route_is_a_404_and_not_forwarded(start, method, path, hint):
 def test_root_answers_the_ollama_program_and_people(start):
     server, _ = start()
     assert call(server, "HEAD", "/").status == 200
-    assert b"base_url" in call(server, "GET", "/").body
+    answer = call(server, "GET", "/", headers={"Host": "a.localhost:80"})
+    assert b"base_url is http://a.localhost:80/v1" in answer.body
 
 
 def test_head_is_answered_where_get_is(start):
@@ -2145,13 +2146,42 @@ def shape(route, body, caller):
 
 
 @pytest.mark.parametrize("source", [
-    "def authenticate(headers): 1 / 0", "def shape(route, body, caller): return body['nosuch']",
+    "def authenticate(headers): 1 / 0", "def authenticate(headers): pass", "def shape(route, body, caller): return body['nosuch']",
     "def shape(route, body, caller): return 5"])
 def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, log, source):
     server, fake = start(RECORDED["hello"], hooks=hooks(source))
     assert chat(server).status == 500 and fake.requests.empty()
     assert "Traceback" in "\n".join(log.queue)
     assert call(server, "GET", "/healthz").status == 200
+
+
+def test_hook_file_without_a_hook_is_refused_at_the_start(start, hooks):
+    with pytest.raises(ValueError, match="neither authenticate"):
+        start(hooks=hooks("def shpe(route, body, caller): return body"))
+
+
+def test_shape_hook_sees_admin_bodies_and_may_refuse_audio(start, hooks):
+    server, fake = start(RECORDED["version"], allow_admin=True, api_key=(ALICE,), hooks=hooks("""
+from ndjson_sse_proxy import ProxyError
+
+def shape(route, body, caller):
+    if body.get("model") != "mine":
+        raise ProxyError(403, "not yours")
+"""))
+    for method, path in ("DELETE", "/api/delete"), ("POST", "/api/pull"), ("POST", "/v1/audio/transcriptions"):
+        assert call(server, method, path, b'{"model":"other"}', bearer(ALICE[1])).status == 403
+    assert fake.requests.empty()
+    assert call(server, "DELETE", "/api/delete", b'{"model":"mine"}', bearer(ALICE[1])).status == 200
+
+
+def test_key_file_may_have_windows_line_ends_and_mark_and_names_the_line_of_a_mistake(start, tmp_path):
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbfalice:sk-alice-0123\r\n\r\n")
+    server, _ = start(RECORDED["tags"], api_key_file=str(path))
+    assert call(server, "GET", "/v1/models", headers=bearer("sk-alice-0123")).status == 200
+    path.write_text("sk-bob-01234567\nalice: sk-alice-0123\n")
+    with pytest.raises(ValueError, match="line 2"):
+        start(api_key_file=str(path))
 
 
 def test_observe_hook_gets_the_record_and_may_break_without_harm(start, hooks, tmp_path, log):
@@ -2335,7 +2365,10 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--nosuch"], {}, "--nosuch"),
     (["--listen", "0.0.0.0:0"], {}, "--insecure"), (["--api-key", "short"], {}, "--api-key"),
     (["--api-key-file", "/nonexistent/keys"], {}, "/nonexistent/keys"),
-    (["--tls-cert", "/nonexistent/cert"], {}, "No such file"),
+    (["--tls-cert", "/nonexistent/cert"], {}, "/nonexistent/cert"),
+    (["--tls-key", "/nonexistent/key"], {}, "/nonexistent/key"),
+    (["--allowed-host", "http://box.lan"], {}, "--allowed-host"),
+    (["--cors-origin", "box.lan"], {}, "--cors-origin"), (["--cors-origin", "http://a/"], {}, "chat.example"),
     (["--hooks", "/nonexistent/hooks.py"], {}, "/nonexistent/hooks.py"),
     (["--alias", "x"], {}, "--alias"), (["--option", "num_ctx=big"], {}, "num_ctx is of type integer"),
     (["--option", "nosuch=1"], {}, "nosuch"), (["--keep-alive", "soon"], {}, "--keep-alive"),

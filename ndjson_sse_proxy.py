@@ -1447,6 +1447,7 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read the head strictly, then let the base class parse the same bytes."""
+        self.started = time.monotonic()  # not before: the client may have idled
         try:
             head = read_head(self.raw_requestline, self.rfile.readline)
         except ProxyError as error:
@@ -1498,6 +1499,9 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         self.start(status, "application/json; charset=utf-8", len(body), headers)
         self.write(body)
 
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing: the base class's lines are not needed beside those of observe()."""
+
     def read_body(self) -> bytes:
         """The request's body. Raises ProxyError 400, 411 or 413; then it has not been read."""
         length_text = self.headers.get("Content-Length")
@@ -1524,14 +1528,10 @@ class ProxyHandler(JsonHandler):
         """The base class's, with nothing left over from the request before on this connection."""
         self.head_sent = self.chunked = self.sending_events = False
         self.command = self.origin = ""
+        self.started = time.monotonic()
         self.record: Json = dict.fromkeys(RECORD_NAMES)
         self.record.update(id="req_" + os.urandom(12).hex(), route="none")
         super().handle_one_request()
-
-    def parse_request(self) -> bool:
-        """The clock starts with the request line, and not before: the client may have idled."""
-        self.started = time.monotonic()
-        return super().parse_request()
 
     def refuse(self, error: ProxyError) -> None:
         """Answer a request that is none."""
@@ -1637,15 +1637,8 @@ class ProxyHandler(JsonHandler):
     def find_route(self) -> Callable[[ProxyHandler], None]:
         """The method for this path. Raises ProxyError 403, 404 or 405, with a hint."""
         path, _, query = self.path.partition("?")
-        coded_slash = "%2f" in path.lower() and not path.startswith("/v1/models/")
-        path = urllib.parse.unquote(path)
-        self.target = path + ("?" + query if query else "")
-        known = path if path in ROUTES else next((key for key in ROUTES if key.endswith(
-            "/*") and path.startswith(key[:-1]) and (key == "/v1/models/*" or re.fullmatch(
-                r"[\w:-]+", path[len(key) - 1:], re.ASCII))), "")
-        self.rest = path[len(known) - 1:]  # what a * stands for
-        if not self.rest or coded_slash:
-            known = ""
+        known, self.rest = match_route(path)
+        self.target = urllib.parse.unquote(path) + ("?" + query if query else "")
         methods = ROUTES.get(known, {})
         self.record["route"] = known or "none"
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
@@ -1860,6 +1853,7 @@ class ProxyHandler(JsonHandler):
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record["seconds"] = self.elapsed()
         record["client"] = self.client_address[0]
+        record["status"] = record["status"] or 499  # nginx's number for a client that did not wait
         rest = record["seconds"] - (record["first_token_seconds"] or 0)
         if record["completion_tokens"] and rest > 0:
             record["tokens_per_second"] = round(record["completion_tokens"] / rest, 1)
@@ -1947,9 +1941,6 @@ class ProxyHandler(JsonHandler):
         self.close_connection = True
         self.refuse(ProxyError(code, message or self.responses[code][0]))
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """The base class's own lines, of which a silent client's time-out is the only one left."""
-
 
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
@@ -1996,6 +1987,23 @@ ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
     "/api/delete": {"DELETE": None},
     "/api/blobs/*": {"POST": None, "HEAD": None},
 }
+
+
+def match_route(path: str) -> tuple[str, str]:
+    """The row of ROUTES for a path, and what its * stands for; both "" if there is none.
+
+    A path is decoded once and must then be the row's, to the letter. A * is one plain name, so
+    that no dots or slashes get up to Ollama; but the id of a model, which goes up in a body, may
+    be anything.
+    """
+    decoded, coded_slash = urllib.parse.unquote(path), "%2f" in path.lower()
+    for key in ROUTES:
+        rest = decoded[len(key) - 1:] if key.endswith("/*") and decoded.startswith(key[:-1]) else ""
+        if key == "/v1/models/*" and rest:
+            return key, rest
+        if not coded_slash and (decoded == key or re.fullmatch(r"[\w:-]+", rest, re.ASCII)):
+            return key, rest
+    return "", ""
 
 
 def ignored_header(ignored: Iterable[str]) -> list[tuple[str, str]]:
@@ -2203,9 +2211,6 @@ class DemoHandler(JsonHandler):
         head = {"model": name, "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         record = message if "error" in message else {**head, **said, "done": False, **more}
         self.write(to_bytes(record) + b"\n")
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the proxy's own line about the same request is enough."""
 
 
 class DemoOllama(Server):

@@ -1706,13 +1706,14 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
     *[(b"HEAD /api/blobs/%b HTTP/1.1\r\n" % path + HOST, 404) for path in (
         b"../tags", b"a/../../tags", b"%2e%2e", b"a%2fb", b"")],
 ])
-def test_ambiguous_request_is_refused_and_the_connection_closed(start, head, status):
+def test_ambiguous_request_is_refused_and_the_connection_closed(start, log, head, status):
     server, fake = start()
     answer = raw(server, head + b"\r\n" + BODY + b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n")
     assert answer.startswith(b"HTTP/1.1 %d " % status), answer[:200]
     assert answer.count(b"HTTP/1.1 ") == 1 and fake.requests.empty()
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"Connection: close" in head
+    assert "end=error" in log.get(timeout=DEADLINE)  # and no traceback
     assert not body or json.loads(body)["error"]["message"]
 
 

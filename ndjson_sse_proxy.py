@@ -181,7 +181,7 @@ def upstream_error(value: Any, status: int = 502) -> ProxyError:
     """
     text = unwrap_error(value)
     for pattern, new_status, param, code, message in UPSTREAM_ERRORS:
-        match = re.search(pattern, text)
+        match = re.search(pattern, text, re.DOTALL)
         if match:
             message = message.format(*match.groups()) if message else text
             return ProxyError(new_status, message, param.format(*match.groups()), code)
@@ -211,24 +211,15 @@ def unwrap_error(value: Any) -> str:
 # character. So bytes are kept until a newline has come, and only whole lines are decoded.
 
 
-def refuse_constant(name: str) -> Any:
-    """json's hook for NaN and Infinity, which Python reads but JSON does not have."""
-    raise ValueError(f"{name} is not JSON")
-
-
-def finite(text: str) -> float:
-    """json's hook for floats: 1e999 would become an infinity, which could not be sent on."""
+def sendable(text: str) -> float:
+    """json's hook for numbers: NaN, 1e999 and thousands of digits can be read, but not sent on."""
     value = float(text)
-    return value if abs(value) != float("inf") else refuse_constant(text)
+    if not abs(value) < float("inf"):
+        raise ValueError(f"{text[:20]} is no number in JSON, or too large")
+    return int(text) if text.lstrip("-").isdigit() else value
 
 
-def bounded(text: str) -> int:
-    """json's hook for integers: thousands of digits take long to read, and can't all be written."""
-    return int(text) if len(text) < 300 else refuse_constant(text[:20] + "...")
-
-
-PLAIN_JSON = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite,
-                              parse_int=bounded)
+PLAIN_JSON = json.JSONDecoder(parse_constant=sendable, parse_float=sendable, parse_int=sendable)
 
 
 def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
@@ -1120,26 +1111,17 @@ class Keys:
         self._stamp, self._complaint = stamp, ""
 
 
-class Hooks:
+def load_hooks(path: str) -> dict[str, Callable[..., Any]]:
     """The functions of --hooks FILE.py: authenticate(headers), shape(route, body, caller) and
-    observe(record), each if it is there. They are called from many threads at once."""
-
-    def __init__(self, path: str) -> None:
-        # So that a hook's `from ndjson_sse_proxy import ProxyError` finds this program, running.
-        sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
-        names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
-        self.found: dict[str, Callable[..., Any]] = {
-            name: names[name] for name in ("authenticate", "shape", "observe") if name in names}
-        if path and not self.found:  # a slip in a name must not leave the door open
-            raise ValueError(f"{path} defines neither authenticate nor shape nor observe")
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.found
-
-    def call(self, name: str, *arguments: Any) -> Any:
-        """What the hook returns. A ProxyError that it raises is its refusal; another fault is ours
-        to survive, and ends as a 500."""
-        return self.found[name](*arguments)
+    observe(record), each if it is there. They will be called from many threads at once."""
+    # So that a hook's `from ndjson_sse_proxy import ProxyError` finds this program, running.
+    sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
+    names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
+    hooks: dict[str, Callable[..., Any]] = {
+        name: names[name] for name in ("authenticate", "shape", "observe") if name in names}
+    if path and not hooks:  # a slip in a name must not leave the door open
+        raise ValueError(f"{path} defines neither authenticate nor shape nor observe")
+    return hooks
 
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
@@ -1168,7 +1150,9 @@ class Metrics:
 
     def add(self, name: str, amount: float = 1, **labels: Any) -> None:
         """Count something, or change a gauge."""
-        key = ",".join(f'{label}="{escape_label(str(value))}"' for label, value in labels.items())
+        quoted = {label: re.sub(r'(["\\])', r"\\\1", str(value)).replace("\n", r"\n")
+                  for label, value in labels.items()}
+        key = ",".join(f'{label}="{value}"' for label, value in quoted.items())
         with self._lock:
             self._values[name][key] = self._values[name].get(key, 0) + amount
 
@@ -1215,15 +1199,6 @@ class Metrics:
         if record["first_token_seconds"] is not None:
             self.time("first_token_seconds", record["first_token_seconds"])
         self.time("request_seconds", record["seconds"])
-
-
-def escape_label(text: str) -> str:
-    r"""A label's value, as Prometheus wants it quoted.
-
-    >>> print(escape_label('a"b'))
-    a\"b
-    """
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
 def log_line(record: Json) -> str:
@@ -1379,8 +1354,8 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Json:
     return dict(pairs)
 
 
-CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=refuse_constant,
-                               parse_float=finite, parse_int=bounded)
+CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=sendable,
+                               parse_float=sendable, parse_int=sendable)
 
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -1617,7 +1592,7 @@ class ProxyHandler(JsonHandler):
                              headers=[("WWW-Authenticate", "Bearer")])
         if "authenticate" in self.server.hooks:
             try:
-                caller = self.server.hooks.call("authenticate", self.headers)
+                caller = self.server.hooks["authenticate"](self.headers)
             except PermissionError as error:
                 refusal.message = str(error) or refusal.message
                 raise refusal from None
@@ -1810,8 +1785,8 @@ class ProxyHandler(JsonHandler):
         and the log go by the name of the model that the client used."""
         self.record["model"] = str(body.get("model"))
         if "shape" in self.server.hooks:
-            changed = self.server.hooks.call("shape", self.record["route"], body,
-                                             self.record["caller"])
+            changed = self.server.hooks["shape"](
+                self.record["route"], body, self.record["caller"])
             body = body if changed is None else changed
         config = self.server.config
         model, options = body.get("model"), body.get("options") or {}
@@ -1861,7 +1836,7 @@ class ProxyHandler(JsonHandler):
         say(to_json(record) if self.server.config.log == "json" else log_line(record))
         if "observe" in self.server.hooks:
             try:
-                self.server.hooks.call("observe", dict(record))
+                self.server.hooks["observe"](dict(record))
             except Exception:  # noqa: BLE001  a stranger's code, after the answer: log it and go on
                 say(traceback.format_exc())
 
@@ -2070,7 +2045,7 @@ class ProxyServer(Server):
         self.config = config
         self.via = "ndjson_sse_proxy-" + os.urandom(6).hex()  # to know our own requests by
         self.upstream = Upstream(config, self.via, upstream_key)
-        self.keys, self.hooks = Keys(config.api_key, config.api_key_file), Hooks(config.hooks)
+        self.keys, self.hooks = Keys(config.api_key, config.api_key_file), load_hooks(config.hooks)
         self.aliases, self.metrics = dict(config.alias), Metrics()
         host, guarded = str(config.listen.hostname), bool(self.keys) or "authenticate" in self.hooks
         if not guarded and not config.insecure and not is_loopback(host):
@@ -2392,7 +2367,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
     say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
-        f"{len(server.keys)}, hooks: {', '.join(server.hooks.found) or 'none'}")
+        f"{len(server.keys)}, hooks: {', '.join(server.hooks) or 'none'}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
     try:
         server.serve_forever()

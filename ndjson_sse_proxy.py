@@ -79,6 +79,8 @@ MAX_ERROR_BYTES = 64 * 1024  # of an upstream's error page; nobody reads more
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; browsers send a few KiB
 MAX_HEADERS = 100  # as many as http.client would take
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields: clients stop reading headers somewhere above 8 KiB
+MAX_KEY_FILE_BYTES = 1 << 20  # more keys than a household or a firm has
+MAX_NAME = 100  # characters of a model's or a field's name in the log and the metrics
 CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
 CLIENT_SECONDS = 60.0  # a client's silence, within a request or between two, and its unread data
 LINGER_SECONDS = 1.0  # wait this long for a client to read a refusal before the socket goes
@@ -312,10 +314,7 @@ def to_json(value: Any) -> str:
     >>> print(to_json({"text": "two\\nlines"}))
     {"text":"two\\nlines"}
     """
-    try:
-        text = JSON_ENCODER.encode(value)
-    except RecursionError:  # writing needs a little more of the stack than reading did
-        raise ProxyError(400, "nested too deeply") from None
+    text = JSON_ENCODER.encode(value)
     if not text.isascii():
         for char, escape in UNICODE_LINE_ENDS.items():
             text = text.replace(char, escape)
@@ -1095,9 +1094,12 @@ class Keys:
     def _load(self) -> None:
         """Read the file, if it has changed. On OSError or ValueError the old keys stay."""
         status = os.stat(self._path) if self._path else None
-        stamp = status and (status.st_mtime_ns, status.st_size, status.st_ino)
+        stamp = status and (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
         if stamp == self._stamp:
             return
+        self._stamp = stamp  # once for each change, even if that is a bad one
+        if status and status.st_size > MAX_KEY_FILE_BYTES:
+            raise ValueError(f"{self._path} is larger than {MAX_KEY_FILE_BYTES} bytes")
         keys = list(self._given)
         if self._path:
             with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
@@ -1108,7 +1110,7 @@ class Keys:
                         raise ValueError(f"{self._path}, line {number}: {error}") from None
         self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
                          for i, (name, key) in enumerate(keys, 1)]
-        self._stamp, self._complaint = stamp, ""
+        self._complaint = ""
 
 
 def load_hooks(path: str) -> dict[str, Callable[..., Any]]:
@@ -1169,7 +1171,7 @@ class Metrics:
     def model(self, name: str) -> str:
         """The label for a model."""
         with self._lock:
-            if len(self._models) < MAX_MODEL_LABELS:
+            if name and len(self._models) < MAX_MODEL_LABELS:
                 self._models.add(name)
             return name if name in self._models else "other"
 
@@ -1207,9 +1209,20 @@ def log_line(record: Json) -> str:
     >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m", "caller": None})
     'T end=done status=200 model=m'
     """
-    words = [f"{name}={value if isinstance(value, (int, str)) else to_json(value)}"
-             for name, value in record.items() if name != "time" and value not in (None, [])]
-    return " ".join([record["time"], *words]).encode("unicode_escape").decode("ascii")
+    words = [record["time"]]
+    for name, value in record.items():
+        if name != "time" and value not in (None, []):
+            text = str(value)
+            words.append(f"{name}={text if re.fullmatch(PLAIN_WORD, text) else ascii_json(value)}")
+    return " ".join(words)
+
+
+PLAIN_WORD = r"""[!#-<>-~]+"""  # no blank, quote or =, by which one value could pass for several
+
+
+def ascii_json(value: Any) -> str:
+    """JSON in visible ASCII: a terminal obeys control characters, and more than C0 are."""
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 # ---- 8. Upstream: the only section that touches http.client ------------------------------------
@@ -1270,7 +1283,7 @@ class Upstream:
                              code="upstream_timeout") from error
         except (OSError, http.client.IncompleteRead) as error:
             raise cut_upstream(type(error).__name__) from error
-        except http.client.HTTPException as error:
+        except (http.client.HTTPException, ValueError, LookupError) as error:  # odd headers
             raise broken_upstream(f"{type(error).__name__} {error}") from error
 
     def json(self, method: str, path: str, body: Json | None = None) -> Json:
@@ -1294,11 +1307,13 @@ class UpstreamAnswer:
         encoding = response.getheader("Transfer-Encoding", "chunked")
         if self.status < 200 or encoding.lower() != "chunked":
             raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}")
-        self.content_type = response.getheader("Content-Type") or "application/octet-stream"
-        retry = response.getheader("Retry-After")
-        self.headers = [("Retry-After", retry)] if retry else []
+        content_type = response.getheader("Content-Type", "application/octet-stream")
+        self.content_type = " ".join(content_type.split())  # a folded line stays one
+        retry = response.getheader("Retry-After", "")
+        self.headers = [("Retry-After", retry)] if retry.isalnum() else []
         length = response.getheader("Content-Length", "")  # "": as long as the connection lasts
-        self.length = int(length) if length.isdigit() and not response.chunked else None
+        counted = re.fullmatch("[0-9]{1,18}", length) and not response.chunked
+        self.length = 0 if self.status in (204, 304) else int(length) if counted else None
 
     def close(self) -> None:
         """Hang up. If Ollama was still at work for this request, it stops."""
@@ -1360,8 +1375,7 @@ CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 REQUEST_LINE = re.compile(TOKEN + rb"{1,40} /[!-~]* HTTP/(\d{1,3}\.\d{1,3})\r\n")
-HEADER_LINE = re.compile(
-    b"(" + TOKEN + rb"+):[ \t]*((?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)[ \t]*\r\n")
+HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
 ONCE_ONLY = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization",
              b"x-api-key", b"origin")
 
@@ -1393,7 +1407,7 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> bytes:
             name = header[1].lower()
             if name in headers and name in ONCE_ONLY:
                 raise ProxyError(400, f"the header {name.decode()} is there twice")
-            headers[name] = header[2]
+            headers[name] = header[2].strip()
     if not re.fullmatch(b"[0-9]{1,18}", headers.get(b"content-length", b"0")):
         raise ProxyError(400, "the Content-Length is no number")
     if b"transfer-encoding" in headers:
@@ -1429,11 +1443,23 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True  # where the next request would begin is anybody's guess
             self.refuse(error)
             return False
+        # The base class hands the head to the parser for mail, which takes a Content-Type apart, in
+        # quadratic time or with strange exceptions if that is odd. Nothing here needs it apart.
+        content_type = re.search(rb"(?:^|\n)(content-type:(.*)\r\n)", head, re.IGNORECASE)
+        if content_type:
+            head = head.replace(content_type[1], b"")
         stream, self.rfile = self.rfile, io.BytesIO(head)
         try:
-            return super().parse_request()
+            parsed = super().parse_request()
         finally:
             self.rfile = stream
+        if parsed and content_type:
+            self.headers["Content-Type"] = content_type[2].strip().decode("latin-1")
+        return parsed
+
+    def handle_expect_100(self) -> bool:
+        """Not yet: the client keeps its body until read_body() asks for it."""
+        return True
 
     def refuse(self, error: ProxyError) -> None:
         """Answer a request that is none."""
@@ -1485,6 +1511,10 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         length = int(length_text or 0)
         if length > MAX_BODY_BYTES:
             raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        if length and self.command in ("GET", "HEAD", "OPTIONS"):
+            raise ProxyError(400, f"a {self.command} request has no body here")
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = self.rfile.read(length)
         if len(body) < length:
             raise ConnectionAbortedError("the client went away within its request")
@@ -1529,9 +1559,12 @@ class ProxyHandler(JsonHandler):
             route(self)
             refused = (self.record["status"] or 0) >= 400  # by Ollama, in words passed through
             self.record["end"] = self.record["end"] or ("error" if refused else "done")
-            self.record["error"] = f"status_{self.record['status']}" if refused else None
+            if refused:
+                self.record["error"] = f"status_{self.record['status']}"
         except ProxyError as error:
             self.fail(error)
+        except RecursionError:  # writing JSON needs a little more of the stack than reading it
+            self.fail(ProxyError(400, "nested too deeply"))
         except OSError:  # upstream's are ProxyErrors; so the client is gone, and nobody to tell
             self.record["end"] = self.record["end"] or "client hang-up"
             self.close_connection = True
@@ -1588,14 +1621,8 @@ class ProxyHandler(JsonHandler):
 
     def authenticate(self) -> str | None:
         """The caller's name. Raises ProxyError 401."""
-        refusal = ProxyError(401, "the API key is missing or wrong", code="invalid_api_key",
-                             headers=[("WWW-Authenticate", "Bearer")])
         if "authenticate" in self.server.hooks:
-            try:
-                caller = self.server.hooks["authenticate"](self.headers)
-            except PermissionError as error:
-                refusal.message = str(error) or refusal.message
-                raise refusal from None
+            caller = self.hook("authenticate", self.headers)
             if not isinstance(caller, str):  # a forgotten `return` must not let everybody in
                 raise TypeError(f"authenticate() returned {caller!r}, which is no caller's name")
             return caller
@@ -1606,7 +1633,8 @@ class ProxyHandler(JsonHandler):
             key = self.headers.get("x-api-key", "")
         caller = self.server.keys.caller(key.strip())
         if caller is None:
-            raise refusal
+            raise ProxyError(401, "the API key is missing or wrong", code="invalid_api_key",
+                             headers=[("WWW-Authenticate", "Bearer")])
         return caller
 
     def find_route(self) -> Callable[[ProxyHandler], None]:
@@ -1680,7 +1708,7 @@ class ProxyHandler(JsonHandler):
             raise ProxyError(400, f"the body can't be read as a JSON object: {error}") from None
         body = self.shape(body)
         request = to_request(body, self.server.config.allow_truncation)
-        self.record["ignored"] = request.ignored
+        self.record["ignored"] = request.ignored  # to which more may come
         with contextlib.closing(self.chunks(request, kind)) as chunks:
             if request.reply.get("stream"):
                 self.send_events(chunk_frames(chunks), request.ignored)
@@ -1693,7 +1721,7 @@ class ProxyHandler(JsonHandler):
         streams: list[ChatStream] = []
         stream_id, created = kind.id_prefix + os.urandom(9).hex(), int(time.time())
         for index in range(request.reply.get("n", 1)):
-            streams.append(kind(self.record["model"], stream_id, created, request.reply, index))
+            streams.append(kind(str(self.model_name), stream_id, created, request.reply, index))
             with contextlib.closing(self.ask(request, index)) as answer:
                 for chunk in translate(answer.pieces(), streams[-1]):
                     if self.record["first_token_seconds"] is None:
@@ -1738,13 +1766,16 @@ class ProxyHandler(JsonHandler):
                 self.command, self.target, body, headers)) as answer:
             framed = "text/event-stream" in self.headers.get("Accept", "")
             if framed and answer.status == 200 and self.target.startswith("/api/"):
-                needs_done = self.target.startswith(("/api/chat", "/api/generate"))
-                self.send_events(raw_frames(self.watched(answer), needs_done))
+                self.send_events(raw_frames(self.watched(answer), self.needs_done()))
             else:
                 self.start(answer.status, answer.content_type, answer.length, answer.headers)
                 for piece in self.watched(answer):
                     self.write(piece)
                 self.finish_body()
+
+    def needs_done(self) -> bool:
+        """Must an answer of this route of Ollama's have a record that says done?"""
+        return self.record["route"] in ("/api/chat", "/api/generate")
 
     def watched(self, answer: UpstreamAnswer) -> Iterator[bytes]:
         """The pieces of an answer that is passed through; the counts at its end are noted."""
@@ -1754,7 +1785,11 @@ class ProxyHandler(JsonHandler):
                 first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
+            if answer.status == 200 and self.needs_done() and b'"done":true' not in tail:
+                self.record.update(end="upstream cut", error="upstream_cut")
         finally:  # raw_frames() reads no further than the record that says done
+            if answer.status == 200 and re.search(rb'(^|\n)\{"error":', tail):
+                self.record.update(end="error", error="upstream_error")
             for name, pattern in TOKEN_COUNTS.items():
                 found = pattern.findall(tail)
                 if found and answer.status == 200:
@@ -1780,13 +1815,25 @@ class ProxyHandler(JsonHandler):
 
     # --- shape and observe ---
 
+    def hook(self, name: str, *arguments: Any) -> Any:
+        """What a hook returns. An OSError or an exit in it is its own fault, and must not pass for
+        a client that has gone; but PermissionError("text"), without an errno, is its refusal."""
+        try:
+            return self.server.hooks[name](*arguments)
+        except (OSError, SystemExit) as error:
+            if isinstance(error, PermissionError) and error.errno is None:
+                raise ProxyError(401, str(error) or "not allowed", code="invalid_api_key",
+                                 headers=[("WWW-Authenticate", "Bearer")]) from None
+            raise RuntimeError(f"the hook {name} failed") from error
+
     def shape(self, body: Json) -> Json:
         """What the client sent, as the hook, the aliases and the defaults will have it. Answers
         and the log go by the name of the model that the client used."""
-        self.record["model"] = str(body.get("model"))
+        self.model_name = body.get("model")
+        if isinstance(self.model_name, str):
+            self.record["model"] = self.model_name[:MAX_NAME]
         if "shape" in self.server.hooks:
-            changed = self.server.hooks["shape"](
-                self.record["route"], body, self.record["caller"])
+            changed = self.hook("shape", self.record["route"], body, self.record["caller"])
             body = body if changed is None else changed
         config = self.server.config
         model, options = body.get("model"), body.get("options") or {}
@@ -1801,19 +1848,20 @@ class ProxyHandler(JsonHandler):
 
     def shape_native(self) -> bytes:
         """The body of a route that is passed through: the same bytes, unless it is to be changed.
-        Audio is not looked into; the hook sees {} and may refuse it."""
-        if self.record["route"] == "/v1/audio/transcriptions":
+        Audio and blobs are not looked into; the hook sees {} and may refuse them."""
+        if self.record["route"] in ("/v1/audio/transcriptions", "/api/blobs/*") or not self.body:
             self.shape({})
             return self.body
+        shaped = self.server.aliases or self.server.config.option or "shape" in self.server.hooks
         try:
             body = parse_object(self.body, CLIENT_JSON)
         except ValueError as error:
-            if self.server.aliases or "shape" in self.server.hooks:
+            if shaped:
                 raise ProxyError(400, f"the body must be a JSON object: {error}") from None
             return self.body
-        for name in body:  # which Ollama would take for the same member, past the hook's eyes
-            if name.lower() in ("model", "options", "keep_alive") and name != name.lower():
-                raise ProxyError(400, f"write {name!r} in small letters", name)
+        for name in body:  # Ollama takes "Model" for "model", and would so past the hook's eyes
+            if shaped and not re.fullmatch("[a-z0-9_]+", name):
+                raise ProxyError(400, f"the name {name[:60]!r} is not in small letters", name[:60])
         before = to_json(body)
         after = to_json(self.shape(body))
         return self.body if after == before else after.encode("utf-8", "backslashreplace")
@@ -1828,15 +1876,17 @@ class ProxyHandler(JsonHandler):
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         record["seconds"] = self.elapsed()
         record["client"] = self.client_address[0]
+        ignored = (record["ignored"] or [])[:MAX_IGNORED_NAMES]
+        record["ignored"] = [name[:MAX_NAME] for name in ignored]
         record["status"] = record["status"] or 499  # nginx's number for a client that did not wait
         rest = record["seconds"] - (record["first_token_seconds"] or 0)
         if record["completion_tokens"] and rest > 0:
             record["tokens_per_second"] = round(record["completion_tokens"] / rest, 1)
         self.server.metrics.record(record)
-        say(to_json(record) if self.server.config.log == "json" else log_line(record))
+        say(ascii_json(record) if self.server.config.log == "json" else log_line(record))
         if "observe" in self.server.hooks:
             try:
-                self.server.hooks["observe"](dict(record))
+                self.hook("observe", dict(record))
             except Exception:  # noqa: BLE001  a stranger's code, after the answer: log it and go on
                 say(traceback.format_exc())
 
@@ -1853,8 +1903,9 @@ class ProxyHandler(JsonHandler):
 
     def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8") -> None:
         """A whole answer of text."""
-        self.start(200, content_type, len(text.encode()))
-        self.write(text.encode())
+        body = text.encode("utf-8", "backslashreplace")
+        self.start(200, content_type, len(body))
+        self.write(body)
 
     def send_events(self, frames: Iterable[bytes], ignored: Iterable[str] = ()) -> None:
         """Frames as they come. The status waits for the first one, so that a failure before it

@@ -304,7 +304,10 @@ class FakeOllama:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader = connection.makefile("rb")
             line = reader.readline().decode().rstrip()
-            headers = http.client.parse_headers(reader)
+            headers = http.client.HTTPMessage()
+            for header in iter(reader.readline, b"\r\n"):
+                name, _, value = header.decode("latin-1").partition(":")
+                headers[name] = value.strip()
             self.requests.put((line, headers, reader.read(int(headers.get("Content-Length", 0)))))
             for step in self.answers.pop(0) if self.answers else self.steps:
                 if step is RESET:
@@ -1887,7 +1890,8 @@ def test_other_addresses_are_served_with_keys_or_by_wish(settings):
 def test_admin_routes_pass_with_the_flag(start):
     server, fake = start(RECORDED["version"], allow_admin=True, api_key=(ALICE,))
     for method, path in ("POST", "/api/pull"), ("DELETE", "/api/delete"), ("HEAD", "/api/blobs/sha256:0"):
-        assert call(server, method, path, b'{"x":1}', bearer(ALICE[1])).status == 200
+        body = None if method == "HEAD" else b'{"x":1}'
+        assert call(server, method, path, body, bearer(ALICE[1])).status == 200
         line, _, body = fake.requests.get(timeout=DEADLINE)
         assert line == f"{method} {path} HTTP/1.1" and (body == b'{"x":1}' or method == "HEAD")
 
@@ -1930,6 +1934,77 @@ def test_plain_http_to_an_https_port_is_closed(start, certificate):
     server, _ = start(tls_cert=certificate[0], tls_key=certificate[1])
     with contextlib.suppress(ConnectionError):
         assert not raw(server, b"GET /healthz HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 200")
+
+
+def test_odd_heads_cost_no_time_and_no_traceback(start, log):
+    server, fake = start(RECORDED["version"])
+    spaces = POST + HOST + LENGTH + b"X:" + b" " * 60_000 + b"\x00\r\n\r\n"
+    assert raw(server, spaces).startswith(b"HTTP/1.1 400 ")
+    for odd in (b"multipart/mixed; boundary*=idna''abc", b"multipart/mixed; boundary*=undefined''x",
+                b'multipart/mixed; "' + b";" * 60_000, b"multipart/mixed; boundary*" + b"9" * 5000 + b"=x"):
+        answer = raw(server, POST.replace(b"/v1/chat/completions", b"/api/show") + HOST + LENGTH
+                     + b"Content-Type: " + odd + b"\r\n\r\n" + BODY)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert fake.requests.get(timeout=DEADLINE)[1]["Content-Type"].encode() == odd
+    assert "Traceback" not in "".join(log.queue)
+
+
+def test_odd_headers_of_the_upstream_are_its_own_fault(start, log):
+    for header in (b"Content-Type: multipart/mixed; boundary*=idna''abc", b"Content-Length: \xb2",
+                   b"Retry-After: 1\r\n X: y", b"Content-Type: a/b;\r\n X: y"):
+        server, _ = start(b"HTTP/1.1 503 x\r\n" + header + b"\r\n\r\n{}")
+        answer = call(server, "GET", "/api/version")
+        assert answer.status in (502, 503) and "X" not in answer.headers
+    assert "Traceback" not in "".join(log.queue)
+
+
+def test_upload_is_asked_for_only_when_it_is_welcome(start):
+    server, _ = start(RECORDED["length"], api_key=(ALICE,))
+    head = POST + HOST + LENGTH + b"Expect: 100-continue\r\n"
+    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
+        client.sendall(head + b"\r\n")
+        assert client.recv(12) == b"HTTP/1.1 401"
+    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
+        client.sendall(head + b"x-api-key: sk-alice-0123\r\n\r\n")
+        assert client.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        client.sendall(BODY)
+        assert client.recv(12) == b"HTTP/1.1 200"
+
+
+@pytest.mark.parametrize("request_line", [b"GET / ", b"GET /healthz ", b"OPTIONS /healthz "])
+def test_body_where_none_belongs_is_not_read(start, request_line):
+    server, _ = start()
+    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
+        client.sendall(request_line + b"HTTP/1.1\r\n" + HOST + b"Origin: http://localhost\r\n"
+                       b"Content-Length: 9999999\r\n\r\n")
+        assert client.recv(12) == b"HTTP/1.1 400"
+
+
+@pytest.mark.parametrize("status", [204, 304])
+def test_passed_status_without_a_body_leaves_the_connection_in_step(start, status):
+    server, fake = start(b"HTTP/1.1 %d x\r\n\r\n" % status)
+    connection = connect(server)
+    for _ in range(2):
+        connection.request("POST", "/api/show", b"{}")
+        assert connection.getresponse().read() == b""
+    fake.steps = [RECORDED["version"]]
+    connection.request("GET", "/api/version")
+    assert connection.getresponse().read() == b'{"version":"0.0.0"}'
+    connection.close()
+
+
+def test_bad_key_file_is_read_once_and_not_for_each_request(tmp_path, monkeypatch, log):
+    path = tmp_path / "keys"
+    write_keys(path, "sk-bob-01234567\n")
+    keys = proxy_module.Keys((), str(path))
+    write_keys(path, "short\n")
+    read = []
+    monkeypatch.setattr(proxy_module, "parse_key", lambda line: read.append(line) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        keys.caller("x")
+    assert keys.caller("sk-bob-01234567") == "key-1" and len(read) == 1
+    write_keys(path, "#" * (2 << 20))
+    assert keys.caller("sk-bob-01234567") == "key-1" and "larger than" in log.get(timeout=DEADLINE)
 
 
 # ---- Shape -------------------------------------------------------------------------------------
@@ -1975,8 +2050,8 @@ def test_defaults_fill_what_the_request_leaves_open(start):
 
 
 def test_passed_body_in_capitals_cannot_slip_past_the_alias(start):
-    server, fake = start(alias=(("a", "b"),))
-    for body in {"Model": "a"}, {"model": "a", "MODEL": "c"}:
+    server, fake = start(RECORDED["version"], alias=(("a", "b"),))
+    for body in {"Model": "a"}, {"model": "a", "MODEL": "c"}, {"Messages": []}, {"option\u017f": {}}:
         answer = call(server, "POST", "/api/chat", body)
         assert answer.status == 400 and fake.requests.empty()
 
@@ -2026,6 +2101,29 @@ def test_log_says_how_a_request_failed(start, log, steps, end, error):
     assert (record["end"], record["error"]) == (end, error)
 
 
+@pytest.mark.parametrize("headers", [{}, {"Accept": "text/event-stream"}])
+@pytest.mark.parametrize("steps, end", [
+    ((RECORDED["die_mid"],), "error"), ((SAID + b"0\r\n\r\n",), "upstream cut"), ((SAID,), "upstream cut"),
+    ((RECORDED["hello"],), "done")])
+def test_log_says_how_a_passed_answer_failed(start, log, steps, end, headers):
+    server, _ = start(*steps, log="json")
+    call(server, "POST", "/api/chat", {"model": "m"}, headers)
+    record = records(log, 1)[0]
+    assert record["end"] == end and (record["error"] is None) == (end == "done")
+
+
+def test_log_and_metrics_take_odd_names_in_short_form(start, log):
+    server, _ = start(RECORDED["hello"], log="json")
+    chat(server, model="m" * 100_000, **{"f" * 100_000: 1})
+    assert len(str(records(log, 1)[0])) < 1000
+    chat(server, model="\ud800 status=200\x9b\x7f")
+    line = log.get(timeout=DEADLINE)
+    assert line.isascii() and line.isprintable()
+    assert call(server, "POST", "/api/chat", b'{"model":"a","model":"a"}').status == 200
+    assert 'model="other"' in str(metrics(server)) and len(str(metrics(server))) < 10_000
+    assert proxy_module.log_line({"time": "T", "model": "m status=200"}) == 'T model="m status=200"'
+
+
 def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(start, log):
     endless = chunk(says("x" * 1000)) * 5000
     for steps, until, end in [((RECORDED["hello"],), b"[DONE]", "done"),
@@ -2046,7 +2144,7 @@ def test_text_log_is_one_line_without_control_characters(start, log):
     chat(server, model="a\x1b[2J\nb\u2028", stream=False)
     text = log.get(timeout=DEADLINE)
     assert len(text.splitlines()) == 1 and "\x1b" not in text
-    assert "model=a\\x1b[2J\\nb\\u2028" in text and "status=404" in text and "end=error" in text
+    assert 'model="a\\u001b[2J\\nb\\u2028"' in text and "status=404" in text and "end=error" in text
 
 
 def metrics(server):
@@ -2148,6 +2246,8 @@ def shape(route, body, caller):
 
 
 @pytest.mark.parametrize("source", [
+    "def authenticate(headers): open('/nonexistent')", "def shape(route, body, caller): exit(3)",
+    "import errno\ndef authenticate(headers): raise PermissionError(errno.EACCES, 'x', '/secret')",
     "def authenticate(headers): 1 / 0", "def authenticate(headers): pass", "def shape(route, body, caller): return body['nosuch']",
     "def shape(route, body, caller): return 5"])
 def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, log, source):

@@ -31,7 +31,8 @@ error frame. An answer that was cut is never passed off as a whole one.
 What it does not do: no caching, no retries, no limit of requests, no prompts of its own.
 
 To learn streaming read sections 3, 4, 6; then 5 (the fields of a request), 7 (who may call, what
-is sent on, what happened) and 8 and 10 (HTTP). Sections 9 and 12 are still to come.
+is sent on, what happened) and 8 and 10 (HTTP). 1 and 2 hold limits and errors, 11 the demo, 13 the
+command line.
 """
 from __future__ import annotations
 
@@ -213,7 +214,7 @@ def unwrap_error(value: Any) -> str:
 # character. So bytes are kept until a newline has come, and only whole lines are decoded.
 
 
-def sendable(text: str) -> float:
+def finite_number(text: str) -> float:
     """json's hook for numbers: NaN, 1e999 and thousands of digits can be read, but not sent on."""
     value = float(text)
     if not abs(value) < float("inf"):
@@ -221,7 +222,8 @@ def sendable(text: str) -> float:
     return int(text) if text.lstrip("-").isdigit() else value
 
 
-PLAIN_JSON = json.JSONDecoder(parse_constant=sendable, parse_float=sendable, parse_int=sendable)
+PLAIN_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number,
+                              parse_int=finite_number)
 
 
 def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
@@ -332,8 +334,8 @@ def sse_event(data: Any) -> bytes:
     >>> sse_event({"a": 1}), sse_event(b"two\nlines")
     (b'data: {"a":1}\n\n', b'data: two\ndata: lines\n\n')
     """
-    text = data if isinstance(data, bytes) else to_bytes(data)
-    return b"".join(b"data: %b\n" % line for line in text.splitlines()) + b"\n"
+    data = data if isinstance(data, bytes) else to_bytes(data)
+    return b"".join(b"data: %b\n" % line for line in data.splitlines()) + b"\n"
 
 
 # Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. Without it the client
@@ -342,7 +344,8 @@ SSE_DONE = sse_event(b"[DONE]")
 
 
 # ---- 5. Request: OpenAI's body to Ollama's -----------------------------------------------------
-# The tables are the specification: to map another field, add a row. Rows are read from top to
+# The tables are the specification: to map another field, add a row (an option of Ollama's: a name
+# in OPTIONS); to refuse one, a row with refused("why"). Rows are read from top to
 # bottom and a later row overwrites what an earlier one put in the same place, so the order of
 # the rows is the order of precedence.
 
@@ -364,7 +367,7 @@ def expect(value: Any, types: str, param: str) -> Any:
     raise ProxyError(400, f"'{param}' must be of type {types}", param)
 
 
-def part(source: Json, name: str, types: str, where: str) -> Any:
+def required(source: Json, name: str, types: str, where: str) -> Any:
     """A member that must be there, of one of the types."""
     if source.get(name) is None:
         raise ProxyError(400, f"'{where}.{name}' is missing", f"{where}.{name}")
@@ -433,10 +436,10 @@ def to_effort(value: Json, param: str) -> Any:
 
 def to_format(value: Json, param: str) -> Any:
     """response_format to Ollama's format: "" for plain text, "json", or a JSON schema."""
-    native = one_of(RESPONSE_FORMATS)(part(value, "type", "string", param), f"{param}.type")
+    native = one_of(RESPONSE_FORMATS)(required(value, "type", "string", param), f"{param}.type")
     if native != "schema":
         return native
-    return part(part(value, "json_schema", "object", param), "schema", "object",
+    return required(required(value, "json_schema", "object", param), "schema", "object",
                 f"{param}.json_schema")
 
 
@@ -448,8 +451,9 @@ def to_usage_wish(value: Json, param: str) -> bool:
 
 def to_function_name(tool: Json, where: str) -> str:
     """The name in {"type": "function", "function": {"name": ...}}; Ollama has no other tools."""
-    one_of({"function": True})(part(tool, "type", "string", where), f"{where}.type")
-    name = part(part(tool, "function", "object", where), "name", "string", f"{where}.function")
+    one_of({"function": True})(required(tool, "type", "string", where), f"{where}.type")
+    function = required(tool, "function", "object", where)
+    name = required(function, "name", "string", f"{where}.function")
     if not name:
         raise ProxyError(400, f"'{where}.function.name' is empty", f"{where}.function.name")
     return str(name)
@@ -490,17 +494,17 @@ def to_content(content: Any, param: str) -> Json:
     """
     texts, images = [content] if isinstance(content, str) else [], []
     for where, item in each([] if isinstance(content, str) else content, param):
-        kind = part(item, "type", "string", where)
+        kind = required(item, "type", "string", where)
         if kind in ("text", "refusal"):
-            texts.append(part(item, kind, "string", where))
+            texts.append(required(item, kind, "string", where))
         elif kind == "image_url":
-            url = part(item, kind, "object or string", where)
+            url = required(item, kind, "object or string", where)
             if isinstance(url, dict):
-                url = part(url, "url", "string", f"{where}.{kind}")
+                url = required(url, "url", "string", f"{where}.{kind}")
             images.append(to_image(url, f"{where}.{kind}"))
         elif kind == "input_audio":  # which Ollama takes among the images, for models that hear
-            audio = part(item, kind, "object", where)
-            images.append(to_base64(part(audio, "data", "string", f"{where}.{kind}"), where))
+            audio = required(item, kind, "object", where)
+            images.append(to_base64(required(audio, "data", "string", f"{where}.{kind}"), where))
         else:
             raise ProxyError(400, f"'{where}.type' must be text, image_url or input_audio, not "
                              f"{kind[:40]}", f"{where}.type")
@@ -522,7 +526,7 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
                 arguments = parse_object(arguments)
             except ValueError:
                 arguments = {}
-        native.append({"id": part(call, "id", "string", where), "function": {
+        native.append({"id": required(call, "id", "string", where), "function": {
             "index": len(native), "name": name, "arguments": arguments}})
     return native
 
@@ -638,7 +642,7 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     native: list[Json] = []
     called: dict[str, str] = {}  # the id of each tool call so far, and the function's name
     for where, message in each(messages, "messages"):
-        part(message, "role", "string", where)
+        required(message, "role", "string", where)
         native.append({"content": ""})
         ignored += map_fields(MESSAGE_FIELDS, message, native[-1], where + ".")
         for call in native[-1].get("tool_calls", ()):
@@ -652,21 +656,21 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
 def choose_tools(native: Json, choice: Any, reply: Json) -> None:
     """tool_choice: which of the tools go up, or which function's call is forced."""
     tools = native.pop("tools", [])
-    names, mode = [to_function_name(tool, "tools") for tool in tools], choice
+    names, mode = [tool["function"]["name"] for tool in tools], choice
     if isinstance(choice, dict):
         mode, where = "required", "tool_choice.allowed_tools"
         if choice.get("type") == "allowed_tools":
-            allowed = part(choice, "allowed_tools", "object", "tool_choice")
-            mode = part(allowed, "mode", "string", where)
-            wanted = each(part(allowed, "tools", "array", where), f"{where}.tools")
+            allowed = required(choice, "allowed_tools", "object", "tool_choice")
+            mode = required(allowed, "mode", "string", where)
+            wanted = each(required(allowed, "tools", "array", where), f"{where}.tools")
             chosen = {to_function_name(tool, place) for place, tool in wanted}
         else:
             chosen = {to_function_name(choice, "tool_choice")}
-        for name in chosen.difference(names):
-            raise ProxyError(400, f"'tool_choice' names {name[:60]!r}, which is no name in 'tools'",
-                             "tool_choice")
+        if not chosen <= set(names):
+            raise ProxyError(400, "'tool_choice' has a name that is not in 'tools'", "tool_choice")
         tools = [tool for tool, name in zip(tools, names) if name in chosen]
-    if one_of({"none": 0, "auto": 0, "required": 1})(mode, "tool_choice"):
+    mode = one_of({name: name for name in ("none", "auto", "required")})(mode, "tool_choice")
+    if mode == "required":
         if not tools:
             raise ProxyError(400, "'tool_choice' wants a call, but leaves no tools", "tool_choice")
         force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools}, reply)
@@ -698,10 +702,10 @@ def force_call(native: Json, functions: Json, reply: Json) -> None:
     nothing but the arguments, or {"name", "arguments"} where there are several functions, and a
     last line tells it what to do. ChatStream makes the text a call again.
     """
-    schemas, definitions = [], {}
+    schemas, definitions, single = [], {}, len(functions) == 1
     for i, (name, function) in enumerate(functions.items()):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
-        if len(functions) > 1:
+        if not single:
             if '"$ref":"#' in to_json(schema):  # which counts from the root of what is sent
                 definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
                 schema = {"$ref": f"#/$defs/{i}"}
@@ -709,12 +713,12 @@ def force_call(native: Json, functions: Json, reply: Json) -> None:
                       "properties": {"name": {"const": name}, "arguments": schema}}
         schemas.append(schema)
     several = {"anyOf": schemas, **({"$defs": definitions} if definitions else {})}
-    native["format"] = schemas[0] if len(schemas) == 1 else several
+    native["format"] = schemas[0] if single else several
     native["messages"].append({"role": "system", "content": (
-        "Call this function: answer with its arguments, as JSON." if len(schemas) == 1 else
+        "Call this function: answer with its arguments, as JSON." if single else
         'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.')
         + "".join("\n" + to_json(function) for function in functions.values())})
-    reply["forced"] = next(iter(functions)) if len(functions) == 1 else ""
+    reply["forced"] = next(iter(functions)) if single else ""
 
 
 class NativeRequest(NamedTuple):
@@ -735,7 +739,7 @@ def to_native(table: dict[str, Field], path: str, body: Json, truncate: bool) ->
     loaded model's makes Ollama load the model anew.
     """
     for name in ("model", "messages" if "messages" in table else "prompt"):
-        if body.get(name) is None or body["model"] == "":
+        if body.get(name) is None or name == "model" and body[name] == "":
             raise ProxyError(400, f"'{name}' is missing", name)
     native: Json = {"options": {}, "reply": {}, "stream": True, "truncate": truncate}
     ignored = map_fields(table, body, native)
@@ -759,17 +763,13 @@ def to_ollama_generate(body: Json, truncate: bool = False) -> NativeRequest:
 
 
 # ---- 6. Stream: Ollama's records to OpenAI's chunks --------------------------------------------
-# A state machine: which events are legal in which state, and where they lead. What is not in
-# the table is a breach of protocol; an end of the input in any state but DONE is a cut.
+# A state machine. A record after DONE or FAILED is a breach of protocol; an end of the input in
+# any state but DONE is a cut.
+#
+#     START --record--> STREAMING --record with "done": true--> DONE
+#     START or STREAMING --record with "error", or none that makes sense--> FAILED
 
 START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
-
-TRANSITIONS: dict[str, dict[str, str]] = {
-    START: {"record": STREAMING, "done": DONE, "error": FAILED},
-    STREAMING: {"record": STREAMING, "done": DONE, "error": FAILED},
-    DONE: {},
-    FAILED: {},
-}
 
 
 class ChatStream:
@@ -797,7 +797,8 @@ class ChatStream:
         self.envelope = {"id": stream_id, "object": self.kind, "created": created, "model": model,
                          "system_fingerprint": "fp_ollama"}
         self._index = index
-        self._forced = (reply or {}).get("forced")  # a function's name, or "" if there are several
+        # None: no call is forced; a name: of that function; "": of one of several
+        self._forced = (reply or {}).get("forced")
         self._max_calls = (reply or {}).get("max_calls", 1 << 30)
         self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is whole
@@ -805,16 +806,15 @@ class ChatStream:
     def feed(self, record: Json) -> list[Json]:
         """One record to its chunks. Raises ProxyError for an error record or a malformed one."""
         before, self.state = self.state, FAILED  # until this record has turned out well
-        done = member(record, "done", bool)
-        event = "error" if "error" in record else "done" if done else "record"
-        if event not in TRANSITIONS[before]:
+        if before in (DONE, FAILED):
             raise broken_upstream(f"a record after the stream was {before}")
-        if event == "error":  # {"error": "the model runner has died"}
+        if "error" in record:  # {"error": "the model runner has died"}
             raise upstream_error(record["error"])
+        done = member(record, "done", bool)
         deltas = list(self._deltas(record))
-        reason = self._finish(record, deltas) if event == "done" else None
+        reason = self._finish(record, deltas) if done else None
         logprobs = self._logprobs(record) if record.get("logprobs") else None
-        self.state = TRANSITIONS[before][event]
+        self.state = DONE if done else STREAMING
         chunks = self._opening() if before == START else []
         if logprobs:
             deltas = deltas or [{"content": ""}]
@@ -920,9 +920,9 @@ class TextStream(ChatStream):
     def _chunk(self, delta: Json, finish_reason: str | None = None,
                logprobs: Json | None = None) -> Json:
         chunk = super()._chunk(delta, finish_reason, logprobs)
-        delta = chunk["choices"][0].pop("delta")
-        chunk["choices"][0].update(delta, text=delta.get("content", ""), logprobs=logprobs)
-        chunk["choices"][0].pop("content", None)
+        choice = chunk["choices"][0]
+        text = choice.pop("delta").pop("content", "")  # what is left of a delta is reasoning
+        choice.update(delta, text=text, logprobs=logprobs)
         return chunk
 
     def _message(self, record: Json) -> Any:
@@ -964,9 +964,9 @@ def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
     return value
 
 
-def add_up(total: Json, part: Json) -> Json:
+def add_up(total: Json, more: Json) -> Json:
     """Add a choice of a chunk to the choice of the whole answer: texts and arrays grow."""
-    for name, value in part.items():
+    for name, value in more.items():
         if isinstance(value, dict):
             total[name] = add_up(total.get(name) or {}, value)
         elif isinstance(value, (str, list)) and total.get(name):
@@ -997,7 +997,7 @@ def fold_chunks(chunks: Iterable[Json]) -> Json:
         for call in choice.get("message", {}).get("tool_calls", ()):
             del call["index"]  # the order in the array says it
             choice["message"]["content"] = choice["message"]["content"] or None
-    return {**answer, "choices": [choices[index] for index in sorted(choices)]}
+    return {**answer, "choices": list(choices.values())}
 
 
 # The three together. A whole answer needs three ends: HTTP says that the body is complete (which
@@ -1046,8 +1046,8 @@ def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
 
 
 # ---- 7. Authenticate, shape, observe: what the proxy is for, each with its hook ----------------
-# Who may call; what is sent on; what happened. Each is one small object here, called from one
-# place in section 10, and each can be replaced or extended by a function in --hooks FILE.py.
+# Who may call; what is sent on; what happened. Here is what needs no connection; the three places
+# that use it are ProxyHandler.authenticate(), shape() and observe(), and each has a hook.
 
 
 def parse_key(line: str) -> tuple[str, str]:
@@ -1188,7 +1188,7 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
     def record(self, record: Json) -> None:
-        """Count a request that has ended; the record is that of Observer."""
+        """Count a request that has ended; the record is that of ProxyHandler.observe()."""
         self.add("requests_total", route=record["route"], status=record["status"])
         if record["end"] == "client hang-up":
             self.add("client_hangups_total")
@@ -1203,18 +1203,26 @@ class Metrics:
         self.time("request_seconds", record["seconds"])
 
 
+# What is known of a request, in the order of the log line. To log more, add a name here and set it
+# in ProxyHandler.observe().
+RECORD_NAMES = (
+    "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
+    "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
+    "ignored")
+
+
 def log_line(record: Json) -> str:
     """A record for people: what is there, and nothing a terminal would obey.
 
     >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m", "caller": None})
     'T end=done status=200 model=m'
     """
-    words = [record["time"]]
+    parts = [record["time"]]
     for name, value in record.items():
         if name != "time" and value not in (None, []):
             text = str(value)
-            words.append(f"{name}={text if re.fullmatch(PLAIN_WORD, text) else ascii_json(value)}")
-    return " ".join(words)
+            parts.append(f"{name}={text if re.fullmatch(PLAIN_WORD, text) else ascii_json(value)}")
+    return " ".join(parts)
 
 
 PLAIN_WORD = r"""[!#-<>-~]+"""  # no blank, quote or =, by which one value could pass for several
@@ -1326,12 +1334,12 @@ class UpstreamAnswer:
         With read1(), because readline() and iteration report a clean end of file when the
         upstream dies between two chunks, or sends a chunk size that is none; read1() raises.
         """
-        piece = b"-"
-        while piece:
+        while True:
             with self._upstream.reading():
                 piece = self._response.read1(READ_BYTES)
-            if piece:
-                yield piece
+            if not piece:
+                break
+            yield piece
         if self._response.length:  # Content-Length promised so many bytes more
             raise cut_upstream(f"{self._response.length} bytes are missing")
 
@@ -1369,8 +1377,8 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Json:
     return dict(pairs)
 
 
-CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=sendable,
-                               parse_float=sendable, parse_int=sendable)
+CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=finite_number,
+                               parse_float=finite_number, parse_int=finite_number)
 
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
@@ -1521,11 +1529,16 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         return body
 
 
+# The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
+LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+                          r"|(app|file|tauri|vscode-webview|vscode-file)://.*")
+
+
 class ProxyHandler(JsonHandler):
     """One connection of a client, in its own thread; one method a route (see ROUTES)."""
 
     server: ProxyServer
-    sending_events = False  # is the body an SSE stream, which can carry an error?
+    sending_events: bool  # is the body an SSE stream, which can carry an error?
 
     # --- verbs ---
 
@@ -1539,7 +1552,7 @@ class ProxyHandler(JsonHandler):
         super().handle_one_request()
 
     def refuse(self, error: ProxyError) -> None:
-        """Answer a request that is none."""
+        """Answer a request that is none, and count it as one."""
         self.fail(error)
         self.observe()
         self.linger()
@@ -1548,7 +1561,8 @@ class ProxyHandler(JsonHandler):
         """Run the route's method. What goes wrong in it is said once, or ends the connection.
 
         A client that hangs up makes the next write to it fail; on the way out of the route the
-        upstream's connection is closed, and Ollama stops.
+        upstream's connection is closed, and Ollama stops. (So nothing is noticed while nothing is
+        written: before the first token, and during a whole answer.)
         """
         keep_alive, self.close_connection = not self.close_connection, True
         self.server.metrics.add("active_requests")
@@ -1557,10 +1571,9 @@ class ProxyHandler(JsonHandler):
             self.body = self.read_body()
             self.close_connection = not keep_alive  # all that was sent is read: more may follow
             route(self)
-            refused = (self.record["status"] or 0) >= 400  # by Ollama, in words passed through
-            self.record["end"] = self.record["end"] or ("error" if refused else "done")
-            if refused:
-                self.record["error"] = f"status_{self.record['status']}"
+            if (self.record["status"] or 0) >= 400:  # Ollama refused, in words passed through
+                self.record.update(end="error", error=f"status_{self.record['status']}")
+            self.record["end"] = self.record["end"] or "done"
         except ProxyError as error:
             self.fail(error)
         except RecursionError:  # writing JSON needs a little more of the stack than reading it
@@ -1643,7 +1656,7 @@ class ProxyHandler(JsonHandler):
         known, self.rest = match_route(path)
         self.target = urllib.parse.unquote(path) + ("?" + query if query else "")
         methods = ROUTES.get(known, {})
-        self.record["route"] = known or "none"
+        self.record["route"] = known
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
         if self.command in methods and self.server.config.allow_admin:
             route = route or ProxyHandler.passthrough
@@ -1711,6 +1724,7 @@ class ProxyHandler(JsonHandler):
         self.record["ignored"] = request.ignored  # to which more may come
         with contextlib.closing(self.chunks(request, kind)) as chunks:
             if request.reply.get("stream"):
+                # ask() may add to `ignored`, until the first chunk is there and the head goes out
                 self.send_events(chunk_frames(chunks), request.ignored)
             else:
                 answer = fold_chunks(chunks)
@@ -1806,12 +1820,12 @@ class ProxyHandler(JsonHandler):
 
     def model(self) -> None:
         """GET /v1/models/{id}: one of them, from /api/show. The id may contain slashes."""
-        show = self.server.upstream.json("POST", "/api/show", {
+        shown = self.server.upstream.json("POST", "/api/show", {
             "model": self.server.aliases.get(self.rest, self.rest)})
-        info = member(show, "model_info", dict)
+        info = member(shown, "model_info", dict)
         length = info.get(f"{info.get('general.architecture')}.context_length")
         self.send_json(200, to_openai_model({
-            **show, "name": self.rest, **({"context_length": length} if length else {})}))
+            **shown, "name": self.rest, **({"context_length": length} if length else {})}))
 
     # --- shape and observe ---
 
@@ -1862,9 +1876,8 @@ class ProxyHandler(JsonHandler):
         for name in body:  # Ollama takes "Model" for "model", and would so past the hook's eyes
             if shaped and not re.fullmatch("[a-z0-9_]+", name):
                 raise ProxyError(400, f"the name {name[:60]!r} is not in small letters", name[:60])
-        before = to_json(body)
-        after = to_json(self.shape(body))
-        return self.body if after == before else after.encode("utf-8", "backslashreplace")
+        before, after = to_bytes(body), to_bytes(self.shape(body))
+        return self.body if after == before else after
 
     def elapsed(self) -> float:
         """Seconds since the request began."""
@@ -1968,13 +1981,6 @@ class ProxyHandler(JsonHandler):
         self.refuse(ProxyError(code, message or self.responses[code][0]))
 
 
-RECORD_NAMES = (
-    "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
-    "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
-    "ignored")
-# The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
-LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-                          r"|(app|file|tauri|vscode-webview|vscode-file)://.*")
 CORS_HEADERS = (
     "authorization", "content-type", "accept", "user-agent", "x-api-key", "anthropic-version",
     "anthropic-beta", "openai-organization", "openai-project", *(f"x-stainless-{name}" for name in (
@@ -2016,7 +2022,7 @@ ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
 
 
 def match_route(path: str) -> tuple[str, str]:
-    """The row of ROUTES for a path, and what its * stands for; both "" if there is none.
+    """The row of ROUTES for a path, or "none", and what its * stands for.
 
     A path is decoded once and must then be the row's, to the letter. A * is one plain name, so
     that no dots or slashes get up to Ollama; but the id of a model, which goes up in a body, may
@@ -2029,7 +2035,7 @@ def match_route(path: str) -> tuple[str, str]:
             return key, rest
         if not coded_slash and (decoded == key or re.fullmatch(r"[\w:-]+", rest, re.ASCII)):
             return key, rest
-    return "", ""
+    return "none", ""
 
 
 def ignored_header(ignored: Iterable[str]) -> list[tuple[str, str]]:
@@ -2065,8 +2071,8 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, host: str, port: int, handler: type[JsonHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), handler)
-        port = self.server_port  # which the system chose, if it was 0
-        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        host = f"[{host}]" if ":" in host else host
+        self.url = f"{'https' if self.tls else 'http'}://{host}:{self.server_port}"
 
     def get_request(self) -> tuple[Any, Any]:
         """A new connection; its TLS handshake waits for the connection's own thread."""
@@ -2113,7 +2119,6 @@ class ProxyServer(Server):
                 raise ValueError(f"--tls-cert {config.tls_cert} --tls-key {config.tls_key}: "
                                  f"{error}") from None
         super().__init__(host, config.listen.port or 0, ProxyHandler)
-        self.url = self.url.replace("http:", "https:") if self.tls else self.url
 
 
 def is_loopback(host: str) -> bool:
@@ -2178,7 +2183,7 @@ class DemoHandler(JsonHandler):
     server: DemoOllama
 
     def do_GET(self) -> None:
-        """/api/tags and /api/version."""
+        """/api/tags, /api/ps and /api/version."""
         answers: dict[str, Json] = {"/api/ps": {"models": []}, "/api/version": {
             "version": "0.0.0-demo"}, "/api/tags": {
             "models": [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z",
@@ -2354,10 +2359,10 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. $OLLAMA_API_KEY goes to the upstream "
         "as its bearer.")
     parser.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
-    for name, (_, metavar, text) in FLAGS.items():
+    for name, (reader, metavar, text) in FLAGS.items():
         default = Config._field_defaults[name]
         kind: Json = {"metavar": metavar, "action": "append" if default == () else "store"}
-        if FLAGS[name][0] is SWITCH:
+        if reader is SWITCH:
             kind = {"action": "store_const", "const": "1"}
         if default:
             text += f" (default: {getattr(default, 'netloc', default)})"
@@ -2400,15 +2405,13 @@ def main(argv: list[str] | None = None) -> int:
     if config.demo:
         config = config._replace(upstream=parse_url(DemoOllama().url))
     where, upstream_key = config.listen.netloc, os.environ.get("OLLAMA_API_KEY", "")
-    if not re.fullmatch("[!-~]*", upstream_key):
-        say("ndjson_sse_proxy: $OLLAMA_API_KEY has characters that a header can't carry")
-        return 2
-    if config.upstream.netloc == where:
-        say(f"ndjson_sse_proxy: it would ask itself on {where}; where is Ollama? --upstream URL")
-        return 2
     try:
+        if not re.fullmatch("[!-~]*", upstream_key):
+            raise ValueError("$OLLAMA_API_KEY has characters that a header can't carry")
+        if config.upstream.netloc == where:
+            raise ValueError(f"it would ask itself on {where}; where is Ollama? --upstream URL")
         server = ProxyServer(config, upstream_key)
-    except OSError as error:  # another file than the one of a flag has no name here: the port
+    except OSError as error:  # of a file, if it names one, else of the port
         what = error.filename or f"can't listen on {where} (another place: --listen HOST:PORT)"
         say(f"ndjson_sse_proxy: {what}: {error.strerror or error}")
         return 2

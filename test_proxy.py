@@ -1073,6 +1073,9 @@ def test_effort_on_a_model_that_cannot_think_is_asked_again_without_it(start, st
     assert bodies[0]["think"] == "high" and "think" not in bodies[1]
     server, fake = start(RECORDED["think_on_hello"])
     assert chat(server, stream, think=True).status == 400  # asked for outright: refused outright
+    server, fake = start(RECORDED["missing"])  # another refusal: not asked again
+    answer = chat(server, stream, reasoning_effort="high")
+    assert answer.status == 404 and fake.requests.qsize() == 1
 
 
 def test_recorded_json_of_a_schema_streams_as_text(start):
@@ -1460,6 +1463,20 @@ def test_each_frame_arrives_before_the_next_record_is_said(start):
     more.set()
     assert response.read().endswith(b"data: [DONE]\n\n")
     connection.close()
+
+
+def test_frames_do_not_wait_for_the_confirmation_of_the_last_one(start, monkeypatch):
+    seen = []
+    monkeypatch.setattr(proxy_module.ProxyHandler, "send_text", lambda self, text: seen.append(
+        self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) or self.start(200, "a/b", 0))
+    server, _ = start()
+    assert call(server, "GET", "/").status == 200 and seen and seen[0]
+
+
+def test_refusal_reaches_a_client_that_is_still_sending(start):
+    server, _ = start(api_key=(("", "sk-bob-01234567"),))
+    for _ in range(5):
+        assert call(server, "POST", "/v1/chat/completions", b"x" * (8 << 20)).status == 401
 
 
 def test_connection_is_kept_for_the_next_request_after_answers_and_streams(start):
@@ -2137,6 +2154,15 @@ def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(s
                 seen += client.recv(100)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         assert records(log, 1)[0]["end"] == end
+
+
+def test_client_that_leaves_between_done_and_the_last_chunk_is_a_normal_end(start, log, monkeypatch):
+    def gone(self):
+        raise BrokenPipeError
+    monkeypatch.setattr(proxy_module.ProxyHandler, "finish_body", gone)
+    server, _ = start(RECORDED["hello"], log="json")
+    assert chat(server).cut
+    assert records(log, 1)[0]["end"] == "done"
 
 
 def test_text_log_is_one_line_without_control_characters(start, log):

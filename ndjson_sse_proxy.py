@@ -1616,8 +1616,9 @@ class ProxyHandler(JsonHandler):
         if not match:
             raise ProxyError(400, "the Host header is no host")
         host = match[1].strip("[]").lower()
-        known = ("localhost", "127.0.0.1", "::1", "-", self.connection.getsockname()[0],
-                 self.server.config.listen.hostname, *self.server.config.allowed_host)
+        own = self.connection.getsockname()[0].replace("::ffff:", "")  # IPv4, to a socket of IPv6
+        known = ("localhost", "127.0.0.1", "::1", "-", own, self.server.config.listen.hostname,
+                 *self.server.config.allowed_host)
         if host not in known and not host.endswith(".localhost"):
             raise ProxyError(403, f"the Host {host} is not known; --allowed-host {host} allows it",
                              code="host_not_allowed")

@@ -1859,6 +1859,23 @@ def test_host_that_is_not_ours_is_refused_against_dns_rebinding(start, host, sta
         assert "--allowed-host" in answer.json()["error"]["message"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
+def test_address_that_the_client_has_connected_to_is_ours(listen):
+    try:
+        server = ProxyServer(Config(listen=parse_url(listen), insecure=True))
+    except OSError:
+        pytest.skip("no IPv6 here")
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    for address, host, status in [("127.0.0.2", "127.0.0.2", 200), ("127.0.0.2", "127.0.0.3", 403)]:
+        connection = http.client.HTTPConnection(address, server.server_port, timeout=DEADLINE)
+        connection.request("GET", "/healthz", headers={"Host": host})
+        assert connection.getresponse().status == status
+        connection.close()
+    server.shutdown()
+    server.server_close()
+
+
 @pytest.mark.parametrize("origin, status", [
     ("http://localhost:3000", 200), ("https://127.0.0.1", 200), ("http://[::1]:5", 200),
     ("app://obsidian.md", 200), ("tauri://localhost", 200), ("https://chat.example", 200),

@@ -1801,7 +1801,7 @@ class ProxyHandler(JsonHandler):
                 first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
-            if answer.status == 200 and self.needs_done() and b'"done":true' not in tail:
+            if answer.status == 200 and self.needs_done() and not re.search(rb'"done": ?true', tail):
                 self.record.update(end="upstream cut", error="upstream_cut")
         finally:  # raw_frames() reads no further than the record that says done
             if answer.status == 200 and re.search(rb'(^|\n)\{"error":', tail):
@@ -1832,11 +1832,12 @@ class ProxyHandler(JsonHandler):
     # --- shape and observe ---
 
     def hook(self, name: str, *arguments: Any) -> Any:
-        """What a hook returns. An OSError or an exit in it is its own fault, and must not pass for
-        a client that has gone; but PermissionError("text"), without an errno, is its refusal."""
+        """What a hook returns. An OSError, an exit or an endless recursion in it is its own fault,
+        and must not pass for one of the client; but PermissionError("text"), without an errno, is
+        its refusal."""
         try:
             return self.server.hooks[name](*arguments)
-        except (OSError, SystemExit) as error:
+        except (OSError, SystemExit, RecursionError) as error:
             if isinstance(error, PermissionError) and error.errno is None:
                 raise ProxyError(401, str(error) or "not allowed", code="invalid_api_key",
                                  headers=[("WWW-Authenticate", "Bearer")]) from None
@@ -1868,15 +1869,20 @@ class ProxyHandler(JsonHandler):
         if self.record["route"] in ("/v1/audio/transcriptions", "/api/blobs/*") or not self.body:
             self.shape({})
             return self.body
-        shaped = self.server.aliases or self.server.config.option or "shape" in self.server.hooks
+        config = self.server.config
+        shaped = (config.alias or config.option or config.keep_alive is not None
+                  or "shape" in self.server.hooks)
         try:
             body = parse_object(self.body, CLIENT_JSON)
         except ValueError as error:
             if shaped:
                 raise ProxyError(400, f"the body must be a JSON object: {error}") from None
             return self.body
+        if not shaped:
+            self.shape(body)  # for the log
+            return self.body
         for name in body:  # Ollama takes "Model" for "model", and would so past the hook's eyes
-            if shaped and not re.fullmatch("[a-z0-9_]+", name):
+            if not re.fullmatch("[a-z0-9_]+", name):
                 raise ProxyError(400, f"the name {name[:60]!r} is not in small letters", name[:60])
         before, after = to_bytes(body), to_bytes(self.shape(body))
         return self.body if after == before else after

@@ -2303,6 +2303,7 @@ def shape(route, body, caller):
 
 @pytest.mark.parametrize("source", [
     "def authenticate(headers): open('/nonexistent')", "def shape(route, body, caller): exit(3)",
+    "def shape(route, body, caller): return shape(route, body, caller)",
     "import errno\ndef authenticate(headers): raise PermissionError(errno.EACCES, 'x', '/secret')",
     "def authenticate(headers): 1 / 0", "def authenticate(headers): pass", "def shape(route, body, caller): return body['nosuch']",
     "def shape(route, body, caller): return 5"])

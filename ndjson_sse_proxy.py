@@ -1801,7 +1801,8 @@ class ProxyHandler(JsonHandler):
                 first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
-            if answer.status == 200 and self.needs_done() and not re.search(rb'"done": ?true', tail):
+            done = not self.needs_done() or re.search(rb'"done": ?true', tail)
+            if answer.status == 200 and not done:
                 self.record.update(end="upstream cut", error="upstream_cut")
         finally:  # raw_frames() reads no further than the record that says done
             if answer.status == 200 and re.search(rb'(^|\n)\{"error":', tail):

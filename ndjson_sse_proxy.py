@@ -797,10 +797,10 @@ class ChatStream:
         self.tokens = 0, 0  # of the prompt and of the answer, known once it is DONE
         self.envelope = {"id": stream_id, "object": self.kind, "created": created, "model": model,
                          "system_fingerprint": "fp_ollama"}
-        self._index = index
+        self._index, reply = index, reply or {}
         # None: no call is forced; a name: of that function; "": of one of several
-        self._forced = (reply or {}).get("forced")
-        self._max_calls = (reply or {}).get("max_calls", 1 << 30)
+        self._forced = reply.get("forced")
+        self._max_calls = reply.get("max_calls", 1 << 30)
         self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is whole
 
@@ -1070,7 +1070,6 @@ class Keys:
         self._given, self._path = list(given), path
         self._stamp: object = "never read"  # of the file as it was read last
         self._digests: list[tuple[str, bytes]] = []
-        self._complaint = ""
         self._load()
 
     def __bool__(self) -> bool:
@@ -1085,21 +1084,22 @@ class Keys:
         try:
             self._load()
         except (OSError, ValueError) as error:
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                say(f"warning: the old keys stay in force: {error}")
+            say(f"warning: the old keys stay in force: {error}")
         digest = hashlib.sha256(presented.encode("utf-8", "replace")).digest()
         owners = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
         return owners[0] if owners else None
 
     def _load(self) -> None:
-        """Read the file, if it has changed. On OSError or ValueError the old keys stay."""
-        status = os.stat(self._path) if self._path else None
-        stamp = status and (status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino)
-        if stamp == self._stamp:
+        """Read the file, if it has changed. On OSError or ValueError, raised once for each change,
+        the old keys stay."""
+        stamp, size = None, 0
+        with contextlib.suppress(OSError):  # of a file that is gone open() complains, below
+            status = os.stat(self._path)
+            stamp, size = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino), status.st_size
+        if (stamp, size) == self._stamp:
             return
-        self._stamp = stamp  # once for each change, even if that is a bad one
-        if status and status.st_size > MAX_KEY_FILE_BYTES:
+        self._stamp = stamp, size
+        if size > MAX_KEY_FILE_BYTES:
             raise ValueError(f"{self._path} is larger than {MAX_KEY_FILE_BYTES} bytes")
         keys = list(self._given)
         if self._path:
@@ -1111,7 +1111,6 @@ class Keys:
                         raise ValueError(f"{self._path}, line {number}: {error}") from None
         self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
                          for i, (name, key) in enumerate(keys, 1)]
-        self._complaint = ""
 
 
 def load_hooks(path: str) -> dict[str, Callable[..., Any]]:
@@ -1449,7 +1448,6 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         try:
             head = read_head(self.raw_requestline, self.rfile.readline)
         except ProxyError as error:
-            self.close_connection = True  # where the next request would begin is anybody's guess
             self.refuse(error)
             return False
         # The base class hands the head to the parser for mail, which takes a Content-Type apart, in
@@ -1471,7 +1469,16 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def refuse(self, error: ProxyError) -> None:
-        """Answer a request that is none."""
+        """Answer a request that is none; where the next one would begin is anybody's guess."""
+        self.close_connection = True
+        self.fail(error)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """The base class's own refusals (too long a line, an unknown method), in OpenAI's form."""
+        self.refuse(ProxyError(code, message or self.responses[code][0]))
+
+    def fail(self, error: ProxyError) -> None:
+        """Answer with the error."""
         self.send_json(error.status, error.body(), error.headers)
 
     def start(self, status: int, content_type: str, length: int | None = None,
@@ -1547,14 +1554,14 @@ class ProxyHandler(JsonHandler):
         """The base class's, with nothing left over from the request before on this connection."""
         self.head_sent = self.chunked = self.sending_events = False
         self.command = self.origin = ""
-        self.started = time.monotonic()
+        self.started = time.monotonic()  # parse_request() knows better, unless the line is too long
         self.record: Json = dict.fromkeys(RECORD_NAMES)
         self.record.update(id="req_" + os.urandom(12).hex(), route="none")
         super().handle_one_request()
 
     def refuse(self, error: ProxyError) -> None:
-        """Answer a request that is none, and count it as one."""
-        self.fail(error)
+        """The same, and count it as a request."""
+        super().refuse(error)
         self.observe()
         self.linger()
 
@@ -1656,7 +1663,7 @@ class ProxyHandler(JsonHandler):
         """The method for this path. Raises ProxyError 403, 404 or 405, with a hint."""
         path, _, query = self.path.partition("?")
         known, self.rest = match_route(path)
-        self.target = urllib.parse.unquote(path) + ("?" + query if query else "")
+        self.target = known.replace("*", self.rest) + ("?" + query if query else "")
         methods = ROUTES.get(known, {})
         self.record["route"] = known
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
@@ -1795,21 +1802,23 @@ class ProxyHandler(JsonHandler):
 
     def watched(self, answer: UpstreamAnswer) -> Iterator[bytes]:
         """The pieces of an answer that is passed through; the counts at its end are noted."""
+        if answer.status != 200:
+            yield from answer.pieces()
+            return
         tail, first = b"", 0.0
         try:
             for piece in answer.pieces():
                 first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
-            done = not self.needs_done() or re.search(rb'"done": ?true', tail)
-            if answer.status == 200 and not done:
+            if self.needs_done() and not re.search(rb'"done": ?true', tail):
                 self.record.update(end="upstream cut", error="upstream_cut")
         finally:  # raw_frames() reads no further than the record that says done
-            if answer.status == 200 and re.search(rb'(^|\n)\{"error":', tail):
+            if re.search(rb'(^|\n)\{"error":', tail):
                 self.record.update(end="error", error="upstream_error")
             for name, pattern in TOKEN_COUNTS.items():
                 found = pattern.findall(tail)
-                if found and answer.status == 200:
+                if found:
                     self.record[name] = int(found[-1])
                     self.record["first_token_seconds"] = first
 
@@ -1929,7 +1938,8 @@ class ProxyHandler(JsonHandler):
         self.start(200, content_type, len(body))
         self.write(body)
 
-    def send_events(self, frames: Iterable[bytes], ignored: Iterable[str] = ()) -> None:
+    def send_events(self, frames: Iterable[bytes],
+                    ignored: list[str] | tuple[()] = ()) -> None:
         """Frames as they come. The status waits for the first one, so that a failure before it
         still has a status of its own."""
         for frame in frames:
@@ -1950,7 +1960,7 @@ class ProxyHandler(JsonHandler):
         self.record["end"] = "upstream cut" if error.code == "upstream_cut" else "error"
         try:
             if not self.head_sent:
-                self.send_json(error.status, error.body(), error.headers)
+                super().fail(error)
             elif self.sending_events:
                 self.write(sse_event(error.body()))
                 self.finish_body()
@@ -1983,11 +1993,6 @@ class ProxyHandler(JsonHandler):
                              "x-request-id, retry-after, x-ignored-fields")
             self.send_header("Vary", "Origin")
         super().end_headers()
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The base class's own refusals (a request line that is none, ...), in OpenAI's form."""
-        self.close_connection = True
-        self.refuse(ProxyError(code, message or self.responses[code][0]))
 
 
 CORS_HEADERS = (
@@ -2047,9 +2052,8 @@ def match_route(path: str) -> tuple[str, str]:
     return "none", ""
 
 
-def ignored_header(ignored: Iterable[str]) -> list[tuple[str, str]]:
+def ignored_header(names: list[str] | tuple[()]) -> list[tuple[str, str]]:
     """X-Ignored-Fields: the client's own words, made safe for a header."""
-    names = list(ignored)
     shown = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
              for name in names[:MAX_IGNORED_NAMES]]
     if len(names) > len(shown):

@@ -1101,16 +1101,24 @@ class Keys:
         self._stamp = stamp, size
         if size > MAX_KEY_FILE_BYTES:
             raise ValueError(f"{self._path} is larger than {MAX_KEY_FILE_BYTES} bytes")
-        keys = list(self._given)
-        if self._path:
-            with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
-                for number, line in enumerate(file, 1):
-                    try:
-                        keys += [parse_key(line)] if line.strip() and line[0] != "#" else []
-                    except ValueError as error:
-                        raise ValueError(f"{self._path}, line {number}: {error}") from None
+        keys = list(self._given) + (self._read() if self._path else [])
         self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
                          for i, (name, key) in enumerate(keys, 1)]
+
+    def _read(self) -> list[tuple[str, str]]:
+        keys, number = [], 0
+        try:
+            with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
+                for number, line in enumerate(file, 1):
+                    if line.strip() and line[0] != "#":
+                        keys.append(parse_key(line))
+        except ValueError as error:
+            raise ValueError(f"{self._path}, line {number}: {error}") from None
+        except OSError as error:
+            if not isinstance(error, FileNotFoundError):
+                self._stamp = "never read"  # no descriptors, say: to be tried again
+            raise
+        return keys
 
 
 def load_hooks(path: str) -> dict[str, Callable[..., Any]]:

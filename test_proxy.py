@@ -2054,6 +2054,21 @@ def test_bad_key_file_is_read_once_and_not_for_each_request(tmp_path, monkeypatc
     assert keys.caller("sk-bob-01234567") == "key-1" and "larger than" in log.get(timeout=DEADLINE)
 
 
+def test_key_file_that_could_not_be_opened_for_a_moment_is_tried_again(tmp_path, monkeypatch, log):
+    path = tmp_path / "keys"
+    write_keys(path, "sk-bob-01234567\n")
+    keys = proxy_module.Keys((), str(path))
+    write_keys(path, "sk-alice-0123\n")
+
+    def out_of_descriptors(*args, **kwargs):
+        raise OSError(24, "Too many open files")
+    with monkeypatch.context() as patch:
+        patch.setattr(proxy_module, "open", out_of_descriptors, raising=False)
+        assert keys.caller("sk-bob-01234567") == "key-1"  # the old ones stay, and it says so
+        assert "Too many open files" in log.get(timeout=DEADLINE)
+    assert keys.caller("sk-bob-01234567") is None and keys.caller("sk-alice-0123") == "key-1"
+
+
 # ---- Shape -------------------------------------------------------------------------------------
 
 

@@ -40,6 +40,7 @@ import argparse
 import base64
 import calendar
 import contextlib
+import errno
 import hashlib
 import hmac
 import http.client
@@ -50,6 +51,8 @@ import json
 import os
 import re
 import runpy
+import select
+import selectors
 import signal
 import socket
 import socketserver
@@ -73,18 +76,25 @@ __version__ = "0.1.0"
 
 # ---- 1. Limits and settings: each number with its reason; one frozen object, handed down -------
 
-READ_BYTES = 64 * 1024  # at most this much in one read: several times what a model says at once
+READ_BYTES = 16 * 1024  # at most this much in one read: a hundred words of a model's, and each
+# stream that waits has such a buffer
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file; a line that never ends may not grow
-MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures in it
+MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures in it; also a whole answer
 MAX_ERROR_BYTES = 64 * 1024  # of an upstream's error page; nobody reads more
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; browsers send a few KiB
 MAX_HEADERS = 100  # as many as http.client would take
+SMALL_BYTES = 4096  # fit into any socket that is ready for more
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields: clients stop reading headers somewhere above 8 KiB
 MAX_KEY_FILE_BYTES = 1 << 20  # more keys than a household or a firm has
 MAX_NAME = 100  # characters of a model's or a field's name in the log and the metrics
+MAX_EXTRA = 64  # connections beyond --max-connections that are told so; more are just closed
 CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
-CLIENT_SECONDS = 60.0  # a client's silence, within a request or between two, and its unread data
+CLIENT_SECONDS = 60.0  # a client may idle, and then send a head, for so long in total; and may
+# read nothing of its answer for so long
+BODY_SECONDS = 300.0  # for all of a body: 32 MiB at 1 Mbit/s
 LINGER_SECONDS = 1.0  # wait this long for a client to read a refusal before the socket goes
+TICK_SECONDS = 0.25  # between two looks at all clients: who hangs up frees the model in a second
+PAUSE_SECONDS = 0.5  # until the next try, if there was no descriptor or thread for a connection
 
 
 class Config(NamedTuple):
@@ -107,7 +117,12 @@ class Config(NamedTuple):
     allow_truncation: bool = False
     hooks: str = ""
     log: str = "text"
+    heartbeat: float = 10.0
     idle_timeout: float = 600.0
+    drain_timeout: float = 30.0
+    max_connections: int = 512
+    max_body: int = MAX_BODY_BYTES
+    reuse_port: bool = False
 
 
 # ---- 2. Errors: each knows its HTTP status and shows itself as OpenAI's error object -----------
@@ -337,6 +352,15 @@ def sse_event(data: Any) -> bytes:
     """
     data = data if isinstance(data, bytes) else to_bytes(data)
     return b"".join(b"data: %b\n" % line for line in data.splitlines()) + b"\n"
+
+
+def sse_comment(data: bytes) -> bytes:
+    r"""Lines that every client skips: for people who watch the stream.
+
+    >>> sse_comment(b'{"a":1}')
+    b': {"a":1}\n\n'
+    """
+    return b"".join(b": %b\n" % line for line in data.splitlines()) + b"\n"
 
 
 # Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. Without it the client
@@ -764,8 +788,9 @@ def to_ollama_generate(body: Json, truncate: bool = False) -> NativeRequest:
 
 
 # ---- 6. Stream: Ollama's records to OpenAI's chunks --------------------------------------------
-# A state machine. A record after DONE or FAILED is a breach of protocol; an end of the input in
-# any state but DONE is a cut.
+# A chunk is an envelope, the same all through a stream, around one choice with its delta. A state
+# machine makes the choices. A record after DONE or FAILED is a breach of protocol; an end of the
+# input in any state but DONE is a cut.
 #
 #     START --record--> STREAMING --record with "done": true--> DONE
 #     START or STREAMING --record with "error", or none that makes sense--> FAILED
@@ -774,17 +799,18 @@ START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
 
 
 class ChatStream:
-    """Records of POST /api/chat in, chat.completion.chunk dicts out; one object a choice.
+    """Records of POST /api/chat in, the choices of chat.completion.chunk objects out.
 
-    `reply` is what was asked of the answer (NativeRequest.reply).
+    `index` is this choice's number among n; `reply` is what was asked of the answer
+    (NativeRequest.reply).
 
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
-    >>> for chunk in stream.feed({"message": {"content": "Hi"}, "done": False}):
-    ...     print(chunk["choices"][0]["delta"])
+    >>> for choice in stream.feed({"message": {"content": "Hi"}, "done": False}):
+    ...     print(choice["delta"])
     {'role': 'assistant', 'content': ''}
     {'content': 'Hi'}
-    >>> for chunk in stream.feed({"done": True, "done_reason": "stop"}):
-    ...     print(chunk["choices"][0])
+    >>> for choice in stream.feed({"done": True, "done_reason": "stop"}):
+    ...     print(choice)
     {'index': 0, 'delta': {}, 'finish_reason': 'stop'}
     """
 
@@ -797,7 +823,8 @@ class ChatStream:
         self.tokens = 0, 0  # of the prompt and of the answer, known once it is DONE
         self.envelope = {"id": stream_id, "object": self.kind, "created": created, "model": model,
                          "system_fingerprint": "fp_ollama"}
-        self._index, reply = index, reply or {}
+        self.index, reply = index, reply or {}
+        self._opened = False  # has the role been said?
         # None: no call is forced; a name: of that function; "": of one of several
         self._forced = reply.get("forced")
         self._max_calls = reply.get("max_calls", 1 << 30)
@@ -805,7 +832,7 @@ class ChatStream:
         self._text: list[str] = []  # of a forced call, until it is whole
 
     def feed(self, record: Json) -> list[Json]:
-        """One record to its chunks. Raises ProxyError for an error record or a malformed one."""
+        """One record to its choices. Raises ProxyError for an error record or a malformed one."""
         before, self.state = self.state, FAILED  # until this record has turned out well
         if before in (DONE, FAILED):
             raise broken_upstream(f"a record after the stream was {before}")
@@ -816,12 +843,20 @@ class ChatStream:
         reason = self._finish(record, deltas) if done else None
         logprobs = self._logprobs(record) if record.get("logprobs") else None
         self.state = DONE if done else STREAMING
-        chunks = self._opening() if before == START else []
+        choices = self._opening()
         if logprobs:
             deltas = deltas or [{"content": ""}]
-            chunks.append(self._chunk(deltas.pop(0), logprobs=logprobs))
-        chunks += [self._chunk(delta) for delta in deltas]
-        return chunks + ([self._chunk({}, reason)] if reason else [])
+            choices.append(self._choice(deltas.pop(0), logprobs=logprobs))
+        choices += [self._choice(delta) for delta in deltas]
+        return choices + ([self._choice({}, reason)] if reason else [])
+
+    def heartbeat(self) -> list[Json]:
+        """What to send while Ollama is silent: an empty delta, so that nobody gives up.
+
+        Not an SSE comment: LangChain gives up after 120 s without a chunk, and Continue takes a
+        comment for the end of the stream.
+        """
+        return self._opening() + [self._choice({})]
 
     def close(self) -> None:
         """The input has ended: was the answer whole? Raises ProxyError 502 if it was not."""
@@ -829,14 +864,16 @@ class ChatStream:
             raise cut_upstream("it ended before the record that says done")
 
     def _opening(self) -> list[Json]:
-        return [self._chunk({"role": "assistant", "content": ""})]
+        """The role, before everything else and only once."""
+        opened, self._opened = self._opened, True
+        return [] if opened else [self._choice({"role": "assistant", "content": ""})]
 
-    def _chunk(self, delta: Json, finish_reason: str | None = None,
-               logprobs: Json | None = None) -> Json:
-        choice: Json = {"index": self._index, "delta": delta, "finish_reason": finish_reason}
+    def _choice(self, delta: Json, finish_reason: str | None = None,
+                logprobs: Json | None = None) -> Json:
+        choice: Json = {"index": self.index, "delta": delta, "finish_reason": finish_reason}
         if logprobs:
             choice["logprobs"] = logprobs
-        return {**self.envelope, "choices": [choice]}
+        return choice
 
     def _deltas(self, record: Json) -> Iterator[Json]:
         """The parts of a record, a delta each: many clients look at one part of a delta only."""
@@ -870,7 +907,7 @@ class ChatStream:
         """A call, whole. Ollama's may lack an id, or all say index 0; so they are numbered here."""
         index = len(self._call_ids)
         if not call_id or call_id in self._call_ids:
-            call_id = f"call_{self.envelope['id']}_{self._index}_{index}"
+            call_id = f"call_{self.envelope['id']}_{self.index}_{index}"
         self._call_ids.add(call_id)
         text = arguments if isinstance(arguments, str) else to_json(arguments)
         return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
@@ -918,13 +955,12 @@ class TextStream(ChatStream):
     def _opening(self) -> list[Json]:
         return []
 
-    def _chunk(self, delta: Json, finish_reason: str | None = None,
-               logprobs: Json | None = None) -> Json:
-        chunk = super()._chunk(delta, finish_reason, logprobs)
-        choice = chunk["choices"][0]
+    def _choice(self, delta: Json, finish_reason: str | None = None,
+                logprobs: Json | None = None) -> Json:
+        choice = super()._choice(delta, finish_reason, logprobs)
         text = choice.pop("delta").pop("content", "")  # what is left of a delta is reasoning
         choice.update(delta, text=text, logprobs=logprobs)
-        return chunk
+        return choice
 
     def _message(self, record: Json) -> Any:
         return {"content": member(record, "response", str, needed=not record.get("done")),
@@ -944,10 +980,10 @@ def count_tokens(streams: list[ChatStream]) -> tuple[int, int]:
     return sum(s.tokens[0] for s in streams), sum(s.tokens[1] for s in streams)
 
 
-def usage_chunk(streams: list[ChatStream]) -> Json:
-    """The last chunk, if it is wanted: the tokens of all choices."""
+def with_usage(streams: list[ChatStream], choices: list[Json]) -> Json:
+    """A chunk with the tokens of all choices: the last one of a stream, if it is wanted."""
     prompt, completion = count_tokens(streams)
-    return {**streams[0].envelope, "choices": [], "usage": {
+    return {**streams[0].envelope, "choices": choices, "usage": {
         "prompt_tokens": prompt, "completion_tokens": completion,
         "total_tokens": prompt + completion}}
 
@@ -979,30 +1015,43 @@ def add_up(total: Json, more: Json) -> Json:
     return total
 
 
-def fold_chunks(chunks: Iterable[Json]) -> Json:
-    """A whole answer (chat.completion): the chunks of a stream, added up.
+def fold_choices(choices: Iterable[Json]) -> list[Json]:
+    """The choices of a whole answer: those of a stream's chunks, added up by their index.
 
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> records = [{"message": {"content": "H"}}, {"message": {"content": "i"}, "done": True}]
-    >>> fold_chunks(c for r in records for c in stream.feed(r))["choices"]
+    >>> fold_choices(choice for record in records for choice in stream.feed(record))
     [{'index': 0, 'message': {'role': 'assistant', 'content': 'Hi'}, 'finish_reason': 'stop'}]
     """
-    answer: Json = {}
-    choices: dict[int, Json] = {}
-    for chunk in chunks:
-        answer.update(chunk, object=chunk["object"].replace(".chunk", ""))
-        for choice in chunk["choices"]:
-            choice = {{"delta": "message"}.get(name, name): choice[name] for name in choice}
-            add_up(choices.setdefault(choice["index"], {}), choice)
-    for choice in choices.values():
+    folded: dict[int, Json] = {}
+    for choice in choices:
+        choice = {{"delta": "message"}.get(name, name): choice[name] for name in choice}
+        add_up(folded.setdefault(choice["index"], {}), choice)
+    for choice in folded.values():
         for call in choice.get("message", {}).get("tool_calls", ()):
             del call["index"]  # the order in the array says it
             choice["message"]["content"] = choice["message"]["content"] or None
-    return {**answer, "choices": list(choices.values())}
+    return list(folded.values())
+
+
+def whole_answer(streams: list[ChatStream], choices: Iterable[Json]) -> Json:
+    """A chat.completion, which is what its stream adds up to."""
+    folded = fold_choices(choices)  # and with that, the streams have counted their tokens
+    return {**with_usage(streams, folded), "object": streams[0].kind.replace(".chunk", "")}
+
+
+def chunk_framer(envelope: Json) -> Callable[[Json], bytes]:
+    r"""A function that makes the frame of a choice. The envelope is serialised only here.
+
+    >>> chunk_framer({"id": "chatcmpl-1"})({"index": 0, "delta": {}})
+    b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{}}]}\n\n'
+    """
+    head = b"data: " + to_bytes({**envelope, "choices": []})[:-2]  # all but the ]} at its end
+    return lambda choice: b"%b%b]}\n\n" % (head, to_bytes(choice))
 
 
 # The three together. A whole answer needs three ends: HTTP says that the body is complete (which
-# `pieces` checks, in section 8), no half line is left, and a record has said done.
+# `pieces` checks, in section 9), no half line is left, and a record has said done.
 
 
 def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
@@ -1013,19 +1062,19 @@ def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
     yield from decoder.close()
 
 
-def translate(pieces: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
-    """Bytes to records to chunks, until the record that says done; what follows it is not read."""
-    for _, record in read_records(pieces):
+def translate(pieces: Iterable[bytes], stream: ChatStream,
+              trace: Callable[[bytes], None] | None = None) -> Iterator[Json]:
+    """Bytes to records to choices, until the record that says done; what follows it is not read.
+
+    `trace` gets each line before its choices come.
+    """
+    for line, record in read_records(pieces):
+        if trace:
+            trace(line)
         yield from stream.feed(record)
         if stream.state == DONE:
             return
     stream.close()
-
-
-def chunk_frames(chunks: Iterable[Json]) -> Iterator[bytes]:
-    """Chunks to frames; [DONE] only if no error came before the end."""
-    yield from map(sse_event, chunks)
-    yield SSE_DONE
 
 
 def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
@@ -1241,7 +1290,115 @@ def ascii_json(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
-# ---- 8. Upstream: the only section that touches http.client ------------------------------------
+# ---- 8. Watchdog: one thread that looks after all requests -------------------------------------
+# While Ollama is silent (a model loads, others are before us in its queue) the thread of a request
+# sleeps in recv() and sees nothing of its client. So another thread looks at all of them every
+# TICK_SECONDS: a client that has hung up is noticed, one that waits long gets a heartbeat. It frees
+# a sleeping thread by shutdown() on the upstream's socket: recv() returns, and Ollama, whose
+# connection is gone, stops working.
+
+
+def has_hung_up(client: socket.socket) -> bool:
+    """Has the client closed its side, by FIN or RST? Does not wait, and reads nothing."""
+    try:
+        if hasattr(select, "POLLRDHUP"):  # tells it under TLS, and behind bytes not read yet, too
+            poll = select.poll()
+            poll.register(client, select.POLLRDHUP)
+            return bool(poll.poll(0))
+        # SSLSocket's own recv() can't peek. Bytes are the next request, pipelined.
+        return (is_ready(client, selectors.EVENT_READ)
+                and not socket.socket.recv(client, 1, socket.MSG_PEEK))
+    except ConnectionError:
+        return True
+    except (OSError, ValueError):  # closed by its own thread just now
+        return False
+
+
+def is_ready(client: socket.socket, event: int) -> bool:
+    """Could the socket be read, or written to, without waiting?"""
+    # Not select(): it knows no descriptors above 1023, but where there is nothing else.
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(client, event)
+        return bool(selector.select(0))
+
+
+class Watch:
+    """A request under way, and the two sockets it holds on to."""
+
+    def __init__(self, client: socket.socket | None = None) -> None:
+        self.client = client
+        self.beat: Callable[[], None] | None = None  # called at each look, for heartbeats
+        self._reason: Exception | None = None
+        self._upstream: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    def attach(self, upstream: socket.socket) -> None:
+        """The connection that the request waits for from now on. Raises what end() was given."""
+        with self._lock:
+            self._upstream = upstream
+        self.check()
+
+    def end(self, reason: Exception) -> None:
+        """Let the request's thread stop waiting, and check() raise the reason there."""
+        with self._lock, contextlib.suppress(OSError):  # closed by its own thread just now
+            self._reason = self._reason or reason
+            if self._upstream:
+                # SSLSocket's own shutdown() would have the other thread read what is encrypted.
+                socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
+
+    def check(self) -> None:
+        """Raise what end() was given, if it was called."""
+        if self._reason:
+            raise self._reason
+
+    def look(self) -> None:
+        """What the watchdog does."""
+        if self.client and has_hung_up(self.client):
+            self.end(ConnectionAbortedError("the client hung up"))
+            with contextlib.suppress(OSError):  # it is gone; if the thread is writing, that ends
+                socket.socket.shutdown(self.client, socket.SHUT_RDWR)
+        elif self.beat:
+            self.beat()
+
+
+class Watchdog(threading.Thread):
+    """The thread that looks at all requests, until stop()."""
+
+    def __init__(self) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.tick = TICK_SECONDS
+        self._watches: set[Watch] = set()
+        self._over = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._watches)
+
+    def run(self) -> None:
+        while not self._over.wait(self.tick):
+            for watch in list(self._watches):
+                watch.look()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._over.set()
+
+    @contextlib.contextmanager
+    def watching(self, client: socket.socket) -> Iterator[Watch]:
+        """Look at a request, as long as the block runs."""
+        watch = Watch(client)
+        self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
+
+    def end_all(self, reason: Exception) -> None:
+        """End all requests that are under way."""
+        for watch in list(self._watches):
+            watch.end(reason)
+
+
+# ---- 9. Upstream: the only section that touches http.client ------------------------------------
 
 
 class Upstream:
@@ -1256,22 +1413,24 @@ class Upstream:
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
 
-    def request(self, method: str, path: str, body: bytes | None = None,
+    def request(self, watch: Watch, method: str, path: str, body: bytes | None = None,
                 headers: Json | None = None) -> UpstreamAnswer:
         """Send one request and wait for the status line: minutes, while a model loads.
 
         Each request has a connection of its own: closing it is how Ollama is told to stop.
-        Raises ProxyError 502 if there is no Ollama, 504 after idle_timeout seconds of silence.
+        Raises ProxyError 502 if there is no Ollama, 504 after idle_timeout seconds of silence, and
+        what ends the watch.
         """
         connection = self._connect()
         try:
-            with self.reading():
+            with self.reading(watch):
+                watch.attach(connection.sock)
                 # Whoever refuses a large body may do so, and hang up, before all of it is sent.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     connection.request(method, self.url.path + path, body, {
                         "Content-Type": "application/json", **(headers or {}), **self._headers})
-                return UpstreamAnswer(self, connection, connection.getresponse())
-        except ProxyError:
+                return UpstreamAnswer(self, watch, connection, connection.getresponse())
+        except (ProxyError, OSError):
             connection.close()
             raise
 
@@ -1290,22 +1449,28 @@ class Upstream:
         return connection
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """What http.client and sockets raise in here comes out as a ProxyError."""
+    def reading(self, watch: Watch) -> Iterator[None]:
+        """What http.client and sockets raise in here comes out as a ProxyError; but first of all
+        as what the watch was ended with, as it was the watchdog then that cut the connection."""
         try:
             yield
-        except socket.timeout as error:
-            raise ProxyError(504, f"Ollama was silent for {self.idle_timeout:g} s (--idle-timeout)",
-                             code="upstream_timeout") from error
-        except (OSError, http.client.IncompleteRead) as error:
-            raise cut_upstream(type(error).__name__) from error
-        except (http.client.HTTPException, ValueError, LookupError) as error:  # odd headers
-            raise broken_upstream(f"{type(error).__name__} {error}") from error
+        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+            watch.check()
+            raise self._failure(error) from error
+        watch.check()
 
-    def json(self, method: str, path: str, body: Json | None = None) -> Json:
+    def _failure(self, error: Exception) -> ProxyError:
+        if isinstance(error, socket.timeout):
+            return ProxyError(504, f"Ollama was silent for {self.idle_timeout:g} s "
+                              "(--idle-timeout)", code="upstream_timeout")
+        if isinstance(error, OSError):
+            return cut_upstream(type(error).__name__)
+        return broken_upstream(f"{type(error).__name__} {error}")  # odd headers
+
+    def json(self, watch: Watch, method: str, path: str, body: Json | None = None) -> Json:
         """A short exchange: the JSON object that Ollama answers. Raises ProxyError."""
         data = None if body is None else to_bytes(body)
-        with contextlib.closing(self.request(method, path, data)) as answer:
+        with contextlib.closing(self.request(watch, method, path, data)) as answer:
             answer.raise_for_status()
             try:
                 return parse_object(answer.read(MAX_BODY_BYTES))
@@ -1313,23 +1478,67 @@ class Upstream:
                 raise broken_upstream(f"{path} answered with no JSON object") from None
 
 
+class ChunkDecoder:
+    r"""HTTP's chunked coding off a body: bytes in, split anywhere, bytes out.
+
+    A chunk is its size in hexadecimal, CRLF, so many bytes, CRLF; one of size 0 ends the body.
+    http.client gives one chunk a read, so one line at a time, however many have come; and it takes
+    sizes such as -5 or 2_0.
+
+    >>> decoder = ChunkDecoder()
+    >>> decoder.feed(b"3\r\nabc\r\n1"), decoder.feed(b"\r\nd\r\n0\r\n\r\n"), decoder.ended
+    (b'abc', b'd', True)
+    """
+
+    SIZE = rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]*)?\r\n"
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._rest = b""  # of a size's line that is not whole
+        self._left = 0  # bytes of the chunk that are still to come
+        self._size = re.compile(self.SIZE)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take bytes, return those of the body. Raises ProxyError 502 for what is no chunk."""
+        data, at, pieces = self._rest + data, 0, []
+        while not self.ended:
+            pieces.append(data[at:at + self._left])
+            at += len(pieces[-1])
+            self._left -= len(pieces[-1])
+            line = None if self._left else self._size.match(data, at)
+            if not line:
+                break
+            at = line.end()
+            self._left = int(line[1], 16)
+            self.ended = not self._left
+            self._size = re.compile(b"\r\n" + self.SIZE)  # from the second one on
+        self._rest, body = data[at:], b"".join(pieces)
+        odd = b"\n" in self._rest[2:] or len(self._rest) > MAX_ERROR_BYTES
+        if odd and not body and not self.ended:  # else next time: what is good goes out first
+            raise broken_upstream(f"a chunk without a size, {show(self._rest)}")
+        return body
+
+
 class UpstreamAnswer:
     """An answer whose status line and headers are there; the body comes piece by piece."""
 
-    def __init__(self, upstream: Upstream, connection: http.client.HTTPConnection,
+    def __init__(self, upstream: Upstream, watch: Watch, connection: http.client.HTTPConnection,
                  response: http.client.HTTPResponse) -> None:
-        self._upstream, self._connection, self._response = upstream, connection, response
+        self._upstream, self._watch = upstream, watch
+        self._connection, self._response = connection, response
         self.status = response.status
         encoding = response.getheader("Transfer-Encoding", "chunked")
-        if self.status < 200 or encoding.lower() != "chunked":
-            raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}")
+        length = response.getheader("Content-Length", "0")
+        if (self.status < 200 or encoding.lower() != "chunked"
+                or not re.fullmatch("[0-9]{1,18}", length)):
+            raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}, "
+                                  f"Content-Length {length[:60]}")
         content_type = response.getheader("Content-Type", "application/octet-stream")
         self.content_type = " ".join(content_type.split())  # a folded line stays one
         retry = response.getheader("Retry-After", "")
         self.headers = [("Retry-After", retry)] if retry.isalnum() else []
-        length = response.getheader("Content-Length", "")  # "": as long as the connection lasts
-        counted = re.fullmatch("[0-9]{1,18}", length) and not response.chunked
-        self.length = 0 if self.status in (204, 304) else int(length) if counted else None
+        # None: chunked, or as long as the connection lasts
+        self.length = None if response.length is None else int(length)
 
     def close(self) -> None:
         """Hang up. If Ollama was still at work for this request, it stops."""
@@ -1337,19 +1546,22 @@ class UpstreamAnswer:
         self._connection.close()
 
     def pieces(self) -> Iterator[bytes]:
-        """The body, as it arrives. Raises ProxyError if it ends too early.
-
-        With read1(), because readline() and iteration report a clean end of file when the
-        upstream dies between two chunks, or sends a chunk size that is none; read1() raises.
-        """
-        while True:
-            with self._upstream.reading():
-                piece = self._response.read1(READ_BYTES)
-            if not piece:
-                break
-            yield piece
-        if self._response.length:  # Content-Length promised so many bytes more
-            raise cut_upstream(f"{self._response.length} bytes are missing")
+        """The body, as it arrives: all that has come at once. Raises ProxyError if it is cut."""
+        chunks = ChunkDecoder() if self._response.chunked else None
+        left = self._response.length  # 0 for an answer to HEAD, whatever it promises
+        with self._upstream.reading(self._watch):
+            while left != 0 and not (chunks and chunks.ended):
+                data = self._response.fp.read1(min(left or READ_BYTES, READ_BYTES))
+                if not data and (chunks or left):
+                    self._watch.check()
+                    raise cut_upstream("it ended before " + (
+                        f"{left} promised bytes" if left else "the chunk that ends it"))
+                if not data:
+                    return
+                left = left and left - len(data)
+                data = chunks.feed(data) if chunks else data
+                if data:
+                    yield data
 
     def read(self, limit: int) -> bytes:
         """The whole body, or as soon as there are `limit` bytes, those."""
@@ -1434,6 +1646,24 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> bytes:
     return b"".join(lines)
 
 
+class DeadlineReader(io.RawIOBase):
+    """A client's bytes, until `deadline`: a time limit for each recv() would let it drip."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self.deadline = time.monotonic() + CLIENT_SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("the client's time is up")
+        self._connection.settimeout(left)
+        return self._connection.recv_into(buffer)
+
+
 class JsonHandler(http.server.BaseHTTPRequestHandler):
     """What http.server lacks: a strict reading of the head, and helpers to write with."""
 
@@ -1441,6 +1671,8 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
     request_version = "HTTP/1.0"  # until a request has said its own
     timeout = CLIENT_SECONDS  # the default waits for ever
+    body_timeout = BODY_SECONDS
+    max_body = MAX_BODY_BYTES
     raw_requestline: bytes
     head_sent = chunked = False  # too late for a status? is the body's length unknown?
 
@@ -1449,6 +1681,14 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
+        self.rfile.close()
+        self.clock = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.clock)
+
+    def handle_one_request(self) -> None:
+        """The base class's; the next request's head must be there in time."""
+        self.clock.deadline = time.monotonic() + self.timeout
+        super().handle_one_request()
 
     def parse_request(self) -> bool:
         """Read the head strictly, then let the base class parse the same bytes."""
@@ -1457,6 +1697,9 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
             head = read_head(self.raw_requestline, self.rfile.readline)
         except ProxyError as error:
             self.refuse(error)
+            return False
+        except socket.timeout:
+            self.refuse(ProxyError(408, f"the head did not come within {self.timeout:g} s"))
             return False
         # The base class hands the head to the parser for mail, which takes a Content-Type apart, in
         # quadratic time or with strange exceptions if that is odd. Nothing here needs it apart.
@@ -1493,6 +1736,7 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
               headers: Iterable[tuple[str, str]] = ()) -> None:
         """Status line and headers; without a length the body is chunked, or ends the connection."""
         self.head_sent = True
+        self.connection.settimeout(self.timeout)  # of each send, no longer of reading
         self.chunked = length is None and self.request_version != "HTTP/1.0"
         self.send_response(status)
         self.send_header("Content-Type", content_type)
@@ -1509,9 +1753,12 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def write(self, data: bytes) -> None:
-        """A part of the body, in one send."""
+        """A part of the body, in one send if the client reads. Raises OSError for one that does not
+        take a single byte for so long as `timeout`; sendall() would ask for all of them by then."""
         if self.command != "HEAD":
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
+            data = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
+            while data:
+                data = data[self.connection.send(data):]
 
     def finish_body(self) -> None:
         """The end of a chunked body. One that ends without it was cut, and clients notice."""
@@ -1533,16 +1780,96 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         if length_text is None and self.command == "POST":
             raise ProxyError(411, "the body needs a Content-Length")
         length = int(length_text or 0)
-        if length > MAX_BODY_BYTES:
-            raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        if length > self.max_body:
+            raise ProxyError(413, f"the body is larger than {self.max_body} bytes (--max-body)")
         if length and self.command in ("GET", "HEAD", "OPTIONS"):
             raise ProxyError(400, f"a {self.command} request has no body here")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = self.rfile.read(length)
+        self.clock.deadline = time.monotonic() + self.body_timeout
+        try:
+            body = self.rfile.read(length)
+        except socket.timeout:
+            raise ProxyError(
+                408, f"the body did not come within {self.body_timeout:g} s") from None
         if len(body) < length:
             raise ConnectionAbortedError("the client went away within its request")
         return body
+
+
+class EventStream:
+    """An answer in SSE. Frames gather here, and leave in one write before the proxy waits.
+
+    The status waits for the first frame, so that a failure before it has a status of its own.
+    The lock is free only while the request's thread waits for Ollama: so a heartbeat, which comes
+    from the watchdog's thread, falls between two pieces of the answer and never into one.
+    """
+
+    def __init__(self, handler: ProxyHandler, ignored: list[str] | tuple[()] = ()) -> None:
+        self._handler, self._ignored = handler, ignored
+        self._gathered: list[bytes] = []
+        self._begun = False  # is there a frame, not comments alone?
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._sent_at = time.monotonic()
+        self.idle: Callable[[], list[bytes]] = lambda: [sse_comment(b"heartbeat")]  # frames for it
+
+    def comment(self, data: bytes) -> None:
+        """Something for people who watch; it leaves with the next frame."""
+        self._gathered.append(sse_comment(data))
+
+    def add(self, frame: bytes) -> None:
+        """A frame; it leaves at the latest when there is nothing else to do."""
+        self._gathered.append(frame)
+        self._begun = True
+
+    def wait_for(self, step: Callable[[], Any]) -> Any:
+        """Do what may take long, with all frames sent; heartbeats may come meanwhile."""
+        self.flush()
+        self._lock.release()
+        try:
+            return step()
+        finally:
+            self._lock.acquire()
+
+    def pieces(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces, waited for as above."""
+        while True:
+            piece = self.wait_for(lambda: next(pieces, b""))
+            if not piece:
+                return
+            yield piece
+
+    def flush(self) -> None:
+        """Send what has gathered. Raises OSError if the client is gone."""
+        if not self._begun or not self._gathered:
+            return
+        if not self._handler.head_sent:
+            self._handler.start(200, "text/event-stream; charset=utf-8", headers=[
+                ("Cache-Control", "no-cache"),
+                ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
+                *ignored_header(self._ignored)])
+        self._handler.write(b"".join(self._gathered))
+        self._gathered.clear()
+        self._sent_at = time.monotonic()
+
+    def beat(self) -> None:
+        """A heartbeat, if the last frame was long ago. Never waits for the client: what is sent is
+        small, and a socket that takes a byte takes so many."""
+        seconds = self._handler.server.config.heartbeat
+        if (not seconds or time.monotonic() - self._sent_at < seconds
+                or not self._lock.acquire(blocking=False)):
+            return
+        try:
+            if (sum(map(len, self._gathered)) < SMALL_BYTES
+                    and is_ready(self._handler.connection, selectors.EVENT_WRITE)):
+                for frame in self.idle():
+                    self.add(frame)
+                self.flush()
+        except OSError:  # the client is gone; the next look will see it
+            self._sent_at = time.monotonic()
+        finally:
+            self._lock.release()
 
 
 # The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
@@ -1554,13 +1881,23 @@ class ProxyHandler(JsonHandler):
     """One connection of a client, in its own thread; one method a route (see ROUTES)."""
 
     server: ProxyServer
-    sending_events: bool  # is the body an SSE stream, which can carry an error?
+    watch: Watch
+    events: EventStream | None  # if the answer is one, which can carry an error
 
     # --- verbs ---
 
+    def setup(self) -> None:
+        """The base class's. One connection too many only stays to be told so."""
+        self.max_body = self.server.config.max_body
+        self.excess = self.server.connections > self.server.config.max_connections
+        if self.excess:
+            self.timeout = LINGER_SECONDS  # type: ignore[misc]  # typeshed's says class only
+        super().setup()
+
     def handle_one_request(self) -> None:
         """The base class's, with nothing left over from the request before on this connection."""
-        self.head_sent = self.chunked = self.sending_events = False
+        self.head_sent = self.chunked = False
+        self.events = None
         self.command = self.origin = ""
         self.started = time.monotonic()  # parse_request() knows better, unless the line is too long
         self.record: Json = dict.fromkeys(RECORD_NAMES)
@@ -1574,18 +1911,28 @@ class ProxyHandler(JsonHandler):
         self.linger()
 
     def dispatch(self) -> None:
-        """Run the route's method. What goes wrong in it is said once, or ends the connection.
+        """Run the route's method, under the eyes of the watchdog."""
+        self.server.metrics.add("active_requests")
+        with self.server.watchdog.watching(self.connection) as self.watch:
+            self.run_route()
+            self.server.metrics.add("active_requests", -1)
+            self.observe()
+        self.linger()
 
-        A client that hangs up makes the next write to it fail; on the way out of the route the
-        upstream's connection is closed, and Ollama stops. (So nothing is noticed while nothing is
-        written: before the first token, and during a whole answer.)
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
+
+    def run_route(self) -> None:
+        """What goes wrong in a route is said once, or ends the connection.
+
+        A client that hangs up makes the next write to it fail, or the watchdog ends the wait for
+        Ollama; on the way out of the route the upstream's connection is closed, and Ollama stops.
         """
         keep_alive, self.close_connection = not self.close_connection, True
-        self.server.metrics.add("active_requests")
         try:
             route = self.admit()
             self.body = self.read_body()
-            self.close_connection = not keep_alive  # all that was sent is read: more may follow
+            # All that was sent is read, so more may follow.
+            self.close_connection = not keep_alive or self.excess or self.server.draining
             route(self)
             if (self.record["status"] or 0) >= 400:  # Ollama refused, in words passed through
                 self.record.update(end="error", error=f"status_{self.record['status']}")
@@ -1600,11 +1947,6 @@ class ProxyHandler(JsonHandler):
         except Exception:  # noqa: BLE001  the thread's boundary: our own fault must not be silent
             say(traceback.format_exc())
             self.fail(ProxyError(500, "internal error of the proxy; its log says more"))
-        self.server.metrics.add("active_requests", -1)
-        self.observe()
-        self.linger()
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
 
     # --- who may come in, and where to ---
 
@@ -1616,8 +1958,13 @@ class ProxyHandler(JsonHandler):
         self.check_origin()
         if self.command == "OPTIONS" and self.origin:
             return ProxyHandler.preflight
-        if self.path.partition("?")[0] not in ("/", "/healthz"):
+        path = self.path.partition("?")[0]
+        if path not in ("/", "/healthz"):
             self.record["caller"] = self.authenticate()
+        if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
+            why = "is shutting down" if self.server.draining else "has no connection to spare"
+            raise ProxyError(503, f"the proxy {why}; try again", code="proxy_busy",
+                             headers=[("Retry-After", "1")])
         if self.server.via in self.headers.get("Via", ""):
             raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
                              "place with --upstream URL", code="upstream_loop")
@@ -1672,6 +2019,7 @@ class ProxyHandler(JsonHandler):
         path, _, query = self.path.partition("?")
         known, self.rest = match_route(path)
         self.target = known.replace("*", self.rest) + ("?" + query if query else "")
+        self.trace = "trace=1" in query.split("&")
         methods = ROUTES.get(known, {})
         self.record["route"] = known
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
@@ -1710,10 +2058,14 @@ class ProxyHandler(JsonHandler):
     def readyz(self) -> None:
         """GET /readyz: Ollama answers, and in which version. 503 if it does not."""
         try:
-            version = self.server.upstream.json("GET", "/api/version").get("version")
+            version = self.upstream_json("GET", "/api/version").get("version")
         except ProxyError as error:
             raise ProxyError(503, error.message, code=error.code) from error
         self.send_json(200, {"ready": True, "ollama": version})
+
+    def upstream_json(self, method: str, path: str, body: Json | None = None) -> Json:
+        """What Ollama answers to a short question."""
+        return self.server.upstream.json(self.watch, method, path, body)
 
     def metrics(self) -> None:
         """GET /metrics."""
@@ -1739,35 +2091,50 @@ class ProxyHandler(JsonHandler):
         body = self.shape(body)
         request = to_request(body, self.server.config.allow_truncation)
         self.record["ignored"] = request.ignored  # to which more may come
-        with contextlib.closing(self.chunks(request, kind)) as chunks:
-            if request.reply.get("stream"):
-                # ask() may add to `ignored`, until the first chunk is there and the head goes out
-                self.send_events(chunk_frames(chunks), request.ignored)
-            else:
-                answer = fold_chunks(chunks)
-                self.send_json(200, answer, ignored_header(request.ignored))
-
-    def chunks(self, request: NativeRequest, kind: type[ChatStream]) -> Generator[Json, None, None]:
-        """All chunks of an answer: one native request for each choice, one after another."""
-        streams: list[ChatStream] = []
         stream_id, created = kind.id_prefix + os.urandom(9).hex(), int(time.time())
-        for index in range(request.reply.get("n", 1)):
-            streams.append(kind(str(self.model_name), stream_id, created, request.reply, index))
-            with contextlib.closing(self.ask(request, index)) as answer:
-                for chunk in translate(answer.pieces(), streams[-1]):
+        streams = [kind(str(self.model_name), stream_id, created, request.reply, index)
+                   for index in range(request.reply.get("n", 1))]
+        if request.reply.get("stream"):
+            self.send_stream(request, streams)
+        else:
+            answer = whole_answer(streams, self.choices(request, streams))
+            self.send_json(200, answer, ignored_header(request.ignored))
+
+    def send_stream(self, request: NativeRequest, streams: list[ChatStream]) -> None:
+        """A translated answer, streamed."""
+        events = self.start_events(request.ignored)
+        frame = chunk_framer(streams[0].envelope)
+        # The stream that is under way says what to send while Ollama is silent.
+        events.idle = lambda: list(map(frame, next(
+            (s for s in streams if s.state != DONE), streams[-1]).heartbeat()))
+        with contextlib.closing(self.choices(request, streams)) as choices:
+            for choice in choices:
+                events.add(frame(choice))
+        if request.reply.get("include_usage"):
+            events.add(sse_event(with_usage(streams, [])))
+        self.finish_events(SSE_DONE)
+
+    def choices(self, request: NativeRequest,
+                streams: list[ChatStream]) -> Generator[Json, None, None]:
+        """All that Ollama answers: one native request for each choice, one after another."""
+        trace = self.events.comment if self.events and self.trace else None
+        for stream in streams:
+            with contextlib.closing(self.ask(request, stream.index)) as answer:
+                pieces = self.waited(answer.pieces())
+                if not self.events or "forced" in request.reply:  # the whole of it is kept
+                    pieces = at_most(MAX_BODY_BYTES, pieces)
+                for choice in translate(pieces, stream, trace):
                     if self.record["first_token_seconds"] is None:
                         self.record["first_token_seconds"] = self.elapsed()
-                    yield chunk
+                    yield choice
             self.record["prompt_tokens"], self.record["completion_tokens"] = count_tokens(streams)
-        if request.reply.get("include_usage") or not request.reply.get("stream"):
-            yield usage_chunk(streams)
 
     def ask(self, request: NativeRequest, index: int) -> UpstreamAnswer:
         """Ollama's answer for one choice. Raises ProxyError if it refuses."""
         body = request.body
         if index and body["options"].get("seed", -1) >= 0:  # or all choices would be the same
             body = {**body, "options": {**body["options"], "seed": body["options"]["seed"] + index}}
-        answer = self.server.upstream.request("POST", request.path, to_bytes(body))
+        answer = self.request_upstream("POST", request.path, to_bytes(body))
         try:
             answer.raise_for_status()
             return answer
@@ -1779,6 +2146,22 @@ class ProxyHandler(JsonHandler):
         del request.reply["effort"], request.body["think"]
         request.ignored.append("reasoning_effort")
         return self.ask(request, index)
+
+    def request_upstream(self, method: str, path: str, body: bytes | None,
+                         headers: Json | None = None) -> UpstreamAnswer:
+        """Send a request to Ollama and wait for its answer's head."""
+        def send() -> UpstreamAnswer:
+            return self.server.upstream.request(self.watch, method, path, body, headers)
+        if not self.events:
+            return send()
+        if self.trace:
+            self.events.comment(f"{method} {path} ".encode() + (body or b""))
+        answer: UpstreamAnswer = self.events.wait_for(send)
+        return answer
+
+    def waited(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The pieces of an answer; if it goes out as events, with heartbeats between them."""
+        return self.events.pieces(pieces) if self.events else pieces
 
     def embeddings(self) -> None:
         """POST /v1/embeddings: passed through, but for arrays of tokens, which Ollama refuses."""
@@ -1793,16 +2176,21 @@ class ProxyHandler(JsonHandler):
         """Ollama's own formats, byte for byte, or on request each line of NDJSON as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         body = self.shape_native() if self.body or self.command == "POST" else None
-        with contextlib.closing(self.server.upstream.request(
+        if "text/event-stream" in self.headers.get("Accept", "") and self.target[:5] == "/api/":
+            self.start_events()
+        with contextlib.closing(self.request_upstream(
                 self.command, self.target, body, headers)) as answer:
-            framed = "text/event-stream" in self.headers.get("Accept", "")
-            if framed and answer.status == 200 and self.target.startswith("/api/"):
-                self.send_events(raw_frames(self.watched(answer), self.needs_done()))
-            else:
-                self.start(answer.status, answer.content_type, answer.length, answer.headers)
-                for piece in self.watched(answer):
-                    self.write(piece)
-                self.finish_body()
+            if self.events and answer.status == 200:
+                for frame in raw_frames(self.watched(answer), self.needs_done()):
+                    self.events.add(frame)
+                return self.finish_events()
+            if self.head_sent:  # by a heartbeat
+                answer.raise_for_status()
+            self.events = None
+            self.start(answer.status, answer.content_type, answer.length, answer.headers)
+            for piece in self.watched(answer):
+                self.write(piece)
+            self.finish_body()
 
     def needs_done(self) -> bool:
         """Must an answer of this route of Ollama's have a record that says done?"""
@@ -1815,7 +2203,7 @@ class ProxyHandler(JsonHandler):
             return
         tail, first = b"", 0.0
         try:
-            for piece in answer.pieces():
+            for piece in self.waited(answer.pieces()):
                 first = first or self.elapsed()
                 tail = (tail + piece)[-TAIL_BYTES:]
                 yield piece
@@ -1832,7 +2220,7 @@ class ProxyHandler(JsonHandler):
 
     def models(self) -> None:
         """GET /v1/models: /api/tags in OpenAI's form, with what Ollama knows beyond it."""
-        tags = self.server.upstream.json("GET", "/api/tags")
+        tags = self.upstream_json("GET", "/api/tags")
         models = [to_openai_model(tag) for tag in member(tags, "models", list)]
         models += [{**model, "id": name} for name, target in self.server.aliases.items()
                    for model in models if model["id"] in (target, target + ":latest")]
@@ -1840,7 +2228,7 @@ class ProxyHandler(JsonHandler):
 
     def model(self) -> None:
         """GET /v1/models/{id}: one of them, from /api/show. The id may contain slashes."""
-        shown = self.server.upstream.json("POST", "/api/show", {
+        shown = self.upstream_json("POST", "/api/show", {
             "model": self.server.aliases.get(self.rest, self.rest)})
         info = member(shown, "model_info", dict)
         length = info.get(f"{info.get('general.architecture')}.context_length")
@@ -1946,20 +2334,19 @@ class ProxyHandler(JsonHandler):
         self.start(200, content_type, len(body))
         self.write(body)
 
-    def send_events(self, frames: Iterable[bytes],
-                    ignored: list[str] | tuple[()] = ()) -> None:
-        """Frames as they come. The status waits for the first one, so that a failure before it
-        still has a status of its own."""
+    def start_events(self, ignored: list[str] | tuple[()] = ()) -> EventStream:
+        """From now on the answer is an SSE stream, with heartbeats."""
+        self.events = EventStream(self, ignored)
+        self.watch.beat = self.events.beat
+        return self.events
+
+    def finish_events(self, *frames: bytes) -> None:
+        """The last frames of a stream, and its end."""
+        assert self.events
         for frame in frames:
-            if not self.head_sent:
-                self.sending_events = True
-                self.start(200, "text/event-stream; charset=utf-8", headers=[
-                    ("Cache-Control", "no-cache"),
-                    ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
-                    *ignored_header(ignored)])
-            self.write(frame)
-            if frame is SSE_DONE:  # a client may leave now; it has everything
-                self.record["end"] = "done"
+            self.events.add(frame)
+        self.events.flush()
+        self.record["end"] = self.record["end"] or "done"  # a client may leave: it has everything
         self.finish_body()
 
     def fail(self, error: ProxyError) -> None:
@@ -1967,10 +2354,13 @@ class ProxyHandler(JsonHandler):
         self.record["error"] = error.code or f"status_{error.status}"
         self.record["end"] = "upstream cut" if error.code == "upstream_cut" else "error"
         try:
+            if self.events:  # what came before the error was good
+                self.events.flush()
             if not self.head_sent:
                 super().fail(error)
-            elif self.sending_events:
-                self.write(sse_event(error.body()))
+            elif self.events:
+                self.events.add(sse_event(error.body()))
+                self.events.flush()
                 self.finish_body()
             else:  # a body in Ollama's own format: only a missing end tells that it is not whole
                 self.close_connection = True
@@ -2060,6 +2450,15 @@ def match_route(path: str) -> tuple[str, str]:
     return "none", ""
 
 
+def at_most(limit: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same pieces. Raises ProxyError 502 if they are too many bytes to be kept."""
+    for piece in pieces:
+        limit -= len(piece)
+        if limit < 0:
+            raise broken_upstream("an answer too long to be kept whole; stream it")
+        yield piece
+
+
 def ignored_header(names: list[str] | tuple[()]) -> list[tuple[str, str]]:
     """X-Ignored-Fields: the client's own words, made safe for a header."""
     shown = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
@@ -2087,23 +2486,51 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True  # a stream that never ends must not keep the process alive
     request_queue_size = 128  # the default of 5 refuses a burst of clients
     tls: ssl.SSLContext | None = None
+    connections = 0  # open now, those between two requests included
+    connection_limit = 1 << 30  # beyond it they are closed as soon as they come
+    reuse_port = False
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
     def __init__(self, host: str, port: int, handler: type[JsonHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._lock = threading.Lock()
         super().__init__((host, port), handler)
         host = f"[{host}]" if ":" in host else host
         self.url = f"{'https' if self.tls else 'http'}://{host}:{self.server_port}"
 
     def get_request(self) -> tuple[Any, Any]:
         """A new connection; its TLS handshake waits for the connection's own thread."""
-        connection, address = super().get_request()
+        try:
+            connection, address = super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self.pause(error)
+            raise  # to the base class, which goes on
         if self.tls:
             connection = self.tls.wrap_socket(connection, True, do_handshake_on_connect=False)
+        with self._lock:
+            self.connections += 1
         return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """The end of a connection, however it comes about."""
+        super().shutdown_request(request)
+        with self._lock:
+            self.connections -= 1
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Is there to be a thread for it?"""
+        return self.connections <= self.connection_limit
+
+    def pause(self, error: Exception) -> None:
+        """Wait: the next try now would fail, too, and the one after, as fast as they can."""
+        say(f"warning: no new connections for a moment: {error}")
+        time.sleep(PAUSE_SECONDS)
 
     def server_bind(self) -> None:
         """Without HTTPServer's look-up of its own name, which hangs on a box without a DNS."""
+        if self.reuse_port:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
@@ -2112,6 +2539,8 @@ class Server(http.server.ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if isinstance(error, ssl.SSLError):
             say(f"warning: no TLS with {client_address[0]}: {error}")
+        elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+            self.pause(error)
         elif not isinstance(error, OSError):
             super().handle_error(request, client_address)
 
@@ -2125,12 +2554,17 @@ class ProxyServer(Server):
         self.upstream = Upstream(config, self.via, upstream_key)
         self.keys, self.hooks = Keys(config.api_key, config.api_key_file), load_hooks(config.hooks)
         self.aliases, self.metrics = dict(config.alias), Metrics()
+        self.watchdog, self.draining = Watchdog(), False
+        self.connection_limit = config.max_connections + MAX_EXTRA
+        self.reuse_port = config.reuse_port
         host, guarded = str(config.listen.hostname), bool(self.keys) or "authenticate" in self.hooks
         if not guarded and not config.insecure and not is_loopback(host):
             raise ValueError(f"anybody who reaches {host} could use your Ollama; ask for keys with "
                              "--api-key-file FILE, or let everybody in with --insecure")
         if config.allow_admin and not guarded:
             raise ValueError("--allow-admin needs keys (--api-key-file FILE)")
+        if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise ValueError("--reuse-port: this system has no such thing")
         if config.tls_cert or config.tls_key:
             self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -2140,6 +2574,26 @@ class ProxyServer(Server):
                 raise ValueError(f"--tls-cert {config.tls_cert} --tls-key {config.tls_key}: "
                                  f"{error}") from None
         super().__init__(host, config.listen.port or 0, ProxyHandler)
+        self.watchdog.start()
+
+    def drain(self, impatient: Callable[[], bool] = lambda: False) -> bool:
+        """Stop accepting, and wait until the requests that are under way have ended, or time is up,
+        or somebody is impatient. Were all answers whole?"""
+        self.draining = True
+        self.shutdown()
+        self.server_close()
+        self._wait_for_requests(self.config.drain_timeout, impatient)
+        whole = not self.watchdog
+        self.watchdog.end_all(ProxyError(503, "the proxy was stopped before the answer was whole",
+                                         code="proxy_stopped"))
+        self._wait_for_requests(LINGER_SECONDS, impatient)  # which are saying so
+        self.watchdog.stop()
+        return whole
+
+    def _wait_for_requests(self, seconds: float, impatient: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + seconds
+        while self.watchdog and not impatient() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
 
 def is_loopback(host: str) -> bool:
@@ -2332,6 +2786,9 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any]) -> Calla
 
 SWITCH = matching("1|true|yes|on|0|false|no|off", "1 or 0",
                   lambda text: text.lower() in ("1", "true", "yes", "on"))
+NUMBER = r"\d{1,7}(\.\d{1,9})?"
+SECONDS_OR_0 = matching(NUMBER, "a number of seconds", float)
+COUNT = matching(r"0*[1-9]\d{0,11}", "a whole number above 0", int)
 # Each field of Config: its reader (which raises ValueError), what its value is called, what it is
 # for. This makes the flag --its-name, its twin in the environment NDJSON_SSE_PROXY_ITS_NAME, and
 # their line in --help.
@@ -2359,8 +2816,13 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "allow_truncation": (SWITCH, "", "let Ollama cut a prompt that does not fit, silently"),
     "hooks": (str, "FILE.py", "Python with authenticate(), shape() or observe()"),
     "log": (matching("text|json", "text or json", str.lower), "text|json", "form of the log"),
-    "idle_timeout": (matching(r"(?=.*[1-9])\d{1,7}(\.\d{1,9})?", "a number of seconds above 0",
-                              float), "SECONDS", "longest silence of Ollama, loading included"),
+    "heartbeat": (SECONDS_OR_0, "SECONDS", "of silence after which a stream gets one; 0: never"),
+    "idle_timeout": (matching(r"(?=.*[1-9])" + NUMBER, "a number of seconds above 0", float),
+                     "SECONDS", "longest silence of Ollama, loading included"),
+    "drain_timeout": (SECONDS_OR_0, "SECONDS", "for streams to end in, once it is to stop"),
+    "max_connections": (COUNT, "N", "open at once; more get a 503"),
+    "max_body": (COUNT, "BYTES", "of a request; more is a 413"),
+    "reuse_port": (SWITCH, "", "several processes on one port (Linux)"),
 }
 
 
@@ -2415,13 +2877,23 @@ def say(text: str) -> None:
 def say_if_unreachable(upstream: Upstream) -> None:
     """Ask Ollama for its version, so that a wrong URL shows before the first client comes."""
     try:
-        upstream.json("GET", "/api/version")
+        upstream.json(Watch(), "GET", "/api/version")
     except ProxyError as error:
         say(f"warning: {error.message}")
 
 
+def allow_descriptors(count: int) -> None:
+    """Let the process have so many, if it may: a stream takes two, systems begin with 256 to 1024."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < count:
+            most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Serve until Ctrl-C or SIGTERM. Returns the exit status."""
+    """Serve until Ctrl-C or SIGTERM. Returns the exit status: 0 if no answer had to be cut."""
     config = read_config(argv, os.environ)
     if config.demo:
         config = config._replace(upstream=parse_url(DemoOllama().url))
@@ -2439,18 +2911,34 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         say(f"ndjson_sse_proxy: {error}")
         return 2
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: KeyboardInterrupt
+    allow_descriptors(2 * (config.max_connections + MAX_EXTRA) + 50)
+    return serve(server)
+
+
+def serve(server: ProxyServer) -> int:
+    """Serve until a signal comes; then let running requests end. A second signal ends them."""
+    signals: list[int] = []
+    stop = threading.Event()
+
+    def heed(number: int, frame: Any) -> None:
+        signals.append(number)
+        stop.set()
+    signal.signal(signal.SIGINT, heed)
+    signal.signal(signal.SIGTERM, heed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    config = server.config
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
     say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
         f"{len(server.keys)}, hooks: {', '.join(server.hooks) or 'none'}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        say("stopped")
-    finally:
-        server.server_close()
-    return 0
+    while not stop.wait(1):  # not for ever: on Windows no signal would come through
+        pass
+    if server.watchdog:
+        say(f"stopping: {len(server.watchdog)} requests have {config.drain_timeout:g} s to end; "
+            "again to end them now")
+    whole = server.drain(lambda: len(signals) > 1)
+    say("stopped" if whole else "stopped; answers were cut")
+    return 0 if whole else 1
 
 
 if __name__ == "__main__":

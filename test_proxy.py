@@ -6,12 +6,14 @@ Nothing here sleeps: tests wait on events, or on a socket, with a deadline.
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import io
 import json
 import os
 import queue
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,13 +25,14 @@ import sys
 import threading
 import time
 from pathlib import Path
+from random import Random
 
 import doctest
 import pytest
 
 import ndjson_sse_proxy as proxy_module
 from ndjson_sse_proxy import (
-    ChatStream, Config, DemoOllama, NdjsonDecoder, ProxyError, ProxyServer, fold_chunks, parse_url,
+    ChatStream, Config, DemoOllama, NdjsonDecoder, ProxyError, ProxyServer, fold_choices, parse_url,
     sse_event, to_ollama_chat, translate)
 
 HERE = Path(__file__).parent
@@ -270,6 +273,7 @@ def says(text):
 # ---- The servers and the client of the tests ---------------------------------------------------
 
 RESET = object()  # a step: break the connection by RST
+HOLD = object()  # a step: do nothing until the proxy hangs up; then `left` is set
 
 
 class FakeOllama:
@@ -282,7 +286,7 @@ class FakeOllama:
         self.steps, self.size = steps, size  # size: send pieces of so many bytes
         self.answers = list(answers)  # steps for the first connections, in their order
         self.requests = queue.Queue()  # (request line, headers, body)
-        self.hung_up = threading.Event()
+        self.hung_up, self.left = threading.Event(), threading.Event()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = "http://127.0.0.1:%d" % self.listener.getsockname()[1]
         threading.Thread(target=self.accept, daemon=True).start()
@@ -313,6 +317,10 @@ class FakeOllama:
                 if step is RESET:
                     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     reader.close()
+                    return
+                if step is HOLD:
+                    if not connection.recv(1):
+                        self.left.set()
                     return
                 if isinstance(step, threading.Event):
                     step.wait(DEADLINE)
@@ -390,8 +398,19 @@ class Answer:
             assert frame.startswith("data: ") and len(frame.splitlines()) == 1, frame
         return [frame[6:] for frame in frames]
 
+    def text(self):
+        """What a client would show, streamed or whole."""
+        if "event-stream" in self.headers["Content-Type"]:
+            assert self.events()[-1] == "[DONE]" and not self.cut
+            return self.deltas()
+        return self.json()["choices"][0]["message"]["content"]
+
     def chunks(self):
         return [json.loads(data) for data in self.events() if data != "[DONE]"]
+
+    def folded(self):
+        """The choices of the whole answer that the stream adds up to."""
+        return fold_choices(c for chunk in self.chunks() for c in chunk["choices"])
 
     def deltas(self, name="content"):
         return "".join(choice["delta"].get(name, "") for chunk in self.chunks()
@@ -784,15 +803,15 @@ def test_tool_calls_are_counted_over_the_whole_stream_and_get_unique_ids():
             {**({"id": i} if i else {}), "function": {"index": 0, "name": "f", "arguments": {"a": 1}}}
             for i in ids]}}
     s = new_stream()
-    chunks = [c for r in [calls("a", ""), calls("a", "b"), {"done": True}] for c in s.feed(r)]
-    sent = [c["choices"][0]["delta"]["tool_calls"][0] for c in chunks
-            if "tool_calls" in c["choices"][0]["delta"]]
+    choices = [c for r in [calls("a", ""), calls("a", "b"), {"done": True}] for c in s.feed(r)]
+    sent = [c["delta"]["tool_calls"][0] for c in choices
+            if "tool_calls" in c["delta"]]
     assert [call["index"] for call in sent] == [0, 1, 2, 3]
     ids = [call["id"] for call in sent]
     assert len(set(ids)) == 4 and ids[0] == "a" and ids[3] == "b" and all(ids)
     assert all(len(i) <= 40 for i in ids)  # OpenAI's limit, when they come back
     assert sent[0]["function"] == {"name": "f", "arguments": '{"a":1}'}
-    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    assert choices[-1]["finish_reason"] == "tool_calls"
 
 
 @pytest.mark.parametrize("reason, calls, expected", [
@@ -803,16 +822,16 @@ def test_finish_reason_is_one_that_openai_knows(reason, calls, expected):
     if calls:
         message["tool_calls"] = [{"function": {"name": "f", "arguments": {}}}]
     s = new_stream()
-    chunks = list(s.feed({"message": message, "done": True, "done_reason": reason}))
-    assert [c["choices"][0]["finish_reason"] for c in chunks][-1] == expected
-    assert sum(c["choices"][0]["finish_reason"] is not None for c in chunks) == 1
+    choices = list(s.feed({"message": message, "done": True, "done_reason": reason}))
+    assert [c["finish_reason"] for c in choices][-1] == expected
+    assert sum(c["finish_reason"] is not None for c in choices) == 1
 
 
 def test_record_with_thinking_content_and_call_becomes_one_delta_each():
     s = new_stream()
-    chunks = s.feed({"message": {"thinking": "t", "content": "c", "tool_calls": [
+    choices = s.feed({"message": {"thinking": "t", "content": "c", "tool_calls": [
         {"id": "i", "function": {"name": "f", "arguments": {}}}]}})
-    assert [sorted(c["choices"][0]["delta"]) for c in chunks] == [
+    assert [sorted(c["delta"]) for c in choices] == [
         ["content", "role"], ["reasoning", "reasoning_content"], ["content"], ["tool_calls"]]
 
 
@@ -849,7 +868,7 @@ def test_nothing_may_follow_the_end_nor_an_error():
 def test_usage_of_a_cached_prompt_counts_as_zero():
     s = new_stream()
     list(s.feed({"message": {}, "done": True, "eval_count": 3}))
-    chunk = proxy_module.usage_chunk([s])
+    chunk = proxy_module.with_usage([s], [])
     assert chunk["usage"] == {"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 3}
     assert chunk["choices"] == []
 
@@ -858,7 +877,7 @@ def forced_stream(forced, text, reason="stop"):
     s = new_stream(forced=forced)
     records = [{"message": {"content": text[:5]}}, {"message": {"content": text[5:]}},
                {"message": {}, "done": True, "done_reason": reason}]
-    return fold_chunks(c for r in records for c in s.feed(r))["choices"][0]
+    return fold_choices(c for r in records for c in s.feed(r))[0]
 
 
 @pytest.mark.parametrize("forced, text, name, arguments", [
@@ -893,17 +912,16 @@ def test_forced_call_that_is_cut_before_its_name_stays_text():
 def test_second_call_is_dropped_where_the_client_wants_one_at_a_time():
     s = new_stream(max_calls=1)
     call = {"function": {"name": "f", "arguments": {}}}
-    chunks = s.feed({"message": {"tool_calls": [call, call]}}) + s.feed(
+    choices = s.feed({"message": {"tool_calls": [call, call]}}) + s.feed(
         {"message": {"tool_calls": [call]}, "done": True})
-    message = fold_chunks(chunks)["choices"][0]["message"]
+    message = fold_choices(choices)[0]["message"]
     assert len(message["tool_calls"]) == 1
 
 
 def test_middle_of_the_program_runs_on_bytes_alone():
     body = says("Hel") + says("lo") + FINAL
-    chunks = translate([body[i:i + 1] for i in range(len(body))], new_stream())
-    answer = fold_chunks(chunks)
-    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "Hello"}
+    choices = translate([body[i:i + 1] for i in range(len(body))], new_stream())
+    assert fold_choices(choices)[0]["message"] == {"role": "assistant", "content": "Hello"}
 
 
 # ---- Chat, end to end, on recordings -----------------------------------------------------------
@@ -1041,8 +1059,8 @@ def test_recorded_logprobs_get_openais_form(start):
 
 def test_logprobs_without_alternatives_still_have_the_list():
     s = new_stream()
-    chunks = s.feed({"message": {"content": ""}, "logprobs": [{"token": "a", "logprob": -1}]})
-    assert chunks[-1]["choices"][0]["logprobs"]["content"] == [
+    choices = s.feed({"message": {"content": ""}, "logprobs": [{"token": "a", "logprob": -1}]})
+    assert choices[-1]["logprobs"]["content"] == [
         {"token": "a", "logprob": -1, "bytes": None, "top_logprobs": []}]
 
 
@@ -1052,7 +1070,7 @@ def test_several_choices_are_as_many_requests_and_their_usage_is_summed(start, s
     answer = chat(server, stream, n=3, seed=5, stream_options={"include_usage": True})
     if stream:
         chunks = answer.chunks()
-        whole = fold_chunks(chunks)
+        whole = {**chunks[-1], "choices": answer.folded()}
         assert answer.events()[-1] == "[DONE]" and len({c["id"] for c in chunks}) == 1
         assert sum("usage" in c for c in chunks) == 1
     else:
@@ -1086,7 +1104,7 @@ def test_recorded_json_of_a_schema_streams_as_text(start):
 def test_recorded_any_of_becomes_a_forced_call(start):
     server, _ = start(RECORDED["format_anyof"])
     answer = chat(server, tools=[function("a"), function("b")], tool_choice="required")
-    choice = fold_chunks(answer.chunks())["choices"][0]
+    choice = answer.folded()[0]
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "a", "arguments": '{"x":false}'}
     assert choice["finish_reason"] == "tool_calls"
 
@@ -1124,8 +1142,8 @@ def test_completion_logprobs_are_parallel_arrays():
     s = proxy_module.TextStream("m", "cmpl-x", 1)
     record = {"response": "a", "logprobs": [
         {"token": "a", "logprob": -1, "top_logprobs": [{"token": "b", "logprob": -2}]}]}
-    whole = fold_chunks(s.feed(record) + s.feed({**record, "done": True}))
-    assert whole["choices"][0]["logprobs"] == {
+    whole = fold_choices(s.feed(record) + s.feed({**record, "done": True}))[0]
+    assert whole["logprobs"] == {
         "tokens": ["a", "a"], "token_logprobs": [-1, -1], "top_logprobs": [{"b": -2}, {"b": -2}]}
 
 
@@ -1226,14 +1244,57 @@ def test_upstream_that_is_cut_or_garbled_never_looks_finished(start, stream, ste
     assert_failed(chat(server, stream=stream), 502, code)
 
 
+@pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("ending", [(), (RESET,)])
-def test_recording_cut_after_every_seventh_byte_never_looks_finished(start, ending):
+def test_recording_cut_after_every_single_byte_never_looks_finished(start, ending, stream):
     recording = RECORDED["length"]
-    end = recording.index(b'"done":true')
+    end = recording.index(b"\n", recording.index(b'"done":true')) + 1
     server, fake = start()
-    for i in range(0, end, 7):
+    for i in range(end):
         fake.steps = (recording[:i], *ending)
-        assert_failed(chat(server, stream=i % 2 == 0), 502)
+        assert_failed(chat(server, stream=stream), 502)
+    for i in range(end, len(recording)):
+        fake.steps = (recording[:i],)  # by RST the line itself may be lost
+        assert "Hello from a" in chat(server, stream=stream).text()
+
+
+def mutated(random, data):
+    """The same bytes with a few changes: some replaced, left out, put in, or the end cut off."""
+    data = bytearray(data)
+    for _ in range(random.randrange(1, 4)):
+        at, size = random.randrange(len(data)), random.choice([1, 1, 1, 5, 40])
+        new = random.choice([b"", b"\r\n", b"\n", b"0", b"\xff", b'"', b"{", b"\0", b"-1", b"1" * 30])
+        data[at:at + random.choice([0, size])] = new
+    return bytes(data[:random.randrange(len(data))] if random.random() < 0.3 else data)
+
+
+@pytest.mark.parametrize("name", ["hello", "length", "tool", "die_mid", "missing", "hello_whole"])
+def test_random_upstream_answer_ends_well_or_says_an_error(start, log, name):
+    random, (server, fake) = Random(name), start(idle_timeout=0.2)
+    for i in range(60):
+        fake.steps = (mutated(random, RECORDED[name]), *random.choice([(), (RESET,)]))
+        answer = chat(server, stream=i % 2 == 0)
+        if answer.status != 200 or b'{"error":' in answer.body:
+            assert_failed(answer, answer.status)
+        elif i % 2 == 0:
+            assert answer.events()[-1] == "[DONE]" and not answer.cut
+            assert sum(c["choices"][0]["finish_reason"] is not None for c in answer.chunks()) == 1
+        else:
+            assert answer.json()["choices"][0]["finish_reason"]
+    fake.steps = (RECORDED["hello"],)
+    assert chat(server).deltas() == HELLO
+    assert "Traceback" not in "".join(log.queue)
+
+
+def test_random_request_is_answered_or_closed_and_the_next_one_is_served(start, log):
+    random, (server, _) = Random(1), start(RECORDED["length"])
+    body = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true,"top_p":1}'
+    request = POST + HOST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    for _ in range(300):
+        answer = raw(server, mutated(random, request))
+        assert not answer or answer.startswith(b"HTTP/1.1 ")
+    assert "Hello from a" in chat(server).text()
+    assert "Traceback" not in "".join(log.queue)
 
 
 def test_silent_upstream_is_a_504_or_an_error_frame(start):
@@ -1518,7 +1579,8 @@ def test_client_that_hangs_up_in_the_stream_ends_the_upstream_request(start):
 
 
 def raw(server, data):
-    """Send bytes, read until the proxy closes or falls silent at its end."""
+    """Send bytes and FIN, read until the proxy closes. FIN is no hang-up here."""
+    server.watchdog.stop()
     with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
         client.sendall(data)
         client.shutdown(socket.SHUT_WR)
@@ -1606,8 +1668,8 @@ def test_nesting_that_can_be_read_but_not_written_is_no_fault_of_the_proxy(start
 def test_many_tool_calls_and_long_answers_take_linear_time():
     calls = [{"id": f"c{i}", "function": {"name": "f", "arguments": {}}} for i in range(40_000)]
     s = new_stream()
-    chunks = s.feed({"message": {"tool_calls": calls}}) + s.feed({"done": True})
-    whole = fold_chunks(chunks)["choices"][0]["message"]
+    choices = s.feed({"message": {"tool_calls": calls}}) + s.feed({"done": True})
+    whole = fold_choices(choices)[0]["message"]
     assert len(whole["tool_calls"]) == 40_000
 
 
@@ -2069,6 +2131,478 @@ def test_key_file_that_could_not_be_opened_for_a_moment_is_tried_again(tmp_path,
     assert keys.caller("sk-bob-01234567") is None and keys.caller("sk-alice-0123") == "key-1"
 
 
+# ---- Streams hold ------------------------------------------------------------------------------
+
+
+class Client:
+    """A client's bare socket: what it sends when, and how it goes away, is up to the test."""
+
+    def __init__(self, server, path="/v1/chat/completions", method="POST", headers=(), **fields):
+        self.socket = socket.create_connection(("127.0.0.1", server.server_port), DEADLINE)
+        if path:
+            self.ask(path, method, headers, **fields)
+
+    def ask(self, path="/v1/chat/completions", method="POST", headers=(), **fields):
+        body = json.dumps({"model": "m", "messages": [], "stream": True, **fields}).encode()
+        body = body if method == "POST" else b""
+        lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}", *headers]
+        self.socket.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+
+    def read_until(self, end, times=1):
+        """What comes, until it has this text so many times, or to the end of the connection."""
+        seen = b""
+        while seen.count(end) < times:
+            more = self.socket.recv(65536)
+            if not more:
+                break
+            seen += more
+        return seen
+
+    def leave(self, ending="FIN"):
+        if ending == "RST":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.socket.close()
+
+
+@pytest.fixture(params=["POLLRDHUP", "peek"])
+def looks(request, monkeypatch):
+    """Both ways to see a hang-up: that of Linux, and that of all others."""
+    if request.param == "peek":
+        monkeypatch.delattr(select, "POLLRDHUP", raising=False)
+    elif not hasattr(select, "POLLRDHUP"):
+        pytest.skip("no POLLRDHUP here")
+
+
+@pytest.mark.parametrize("ending", ["FIN", "RST"])
+@pytest.mark.parametrize("method, path, headers, stream, steps", [
+    ("POST", "/v1/chat/completions", [], True, [HOLD]),  # a model loads, or others come first
+    ("POST", "/v1/chat/completions", [], True, [HEAD, HOLD]),
+    ("POST", "/v1/chat/completions", [], True, [SAID, HOLD]),
+    ("POST", "/v1/chat/completions", [], False, [HOLD]), ("POST", "/v1/chat/completions", [], False, [SAID, HOLD]),
+    ("POST", "/v1/completions", [], True, [HOLD]), ("GET", "/v1/models", [], True, [HOLD]),
+    ("POST", "/v1/messages", [], True, [HOLD]), ("POST", "/v1/embeddings", [], False, [HEAD, HOLD]),
+    ("POST", "/api/chat", [], True, [SAID, HOLD]), ("GET", "/readyz", [], True, [HOLD]),
+    ("POST", "/api/chat", ["Accept: text/event-stream"], True, [HOLD]),
+    ("POST", "/api/chat", ["Accept: text/event-stream"], True, [SAID, HOLD])])
+def test_client_that_goes_away_closes_the_upstream_connection(
+        start, log, looks, ending, method, path, headers, stream, steps):
+    server, fake = start(*steps, log="json")
+    client = Client(server, path, method, headers, stream=stream, prompt="x")
+    fake.requests.get(timeout=DEADLINE)
+    if SAID in steps and stream:
+        client.read_until(b"some")
+    client.leave(ending)
+    assert fake.left.wait(DEADLINE)
+    assert records(log, 1)[0]["end"] == "client hang-up"
+
+
+def test_client_that_goes_away_under_tls_closes_the_upstream_connection(start, certificate):
+    server, fake = start(HOLD, tls_cert=str(certificate[0]), tls_key=str(certificate[1]))
+    context = ssl.create_default_context(cafile=str(certificate[0]))
+    client = Client(server, path=None)
+    client.socket = context.wrap_socket(client.socket, server_hostname="localhost")
+    client.ask()
+    fake.requests.get(timeout=DEADLINE)
+    client.leave()
+    assert fake.left.wait(DEADLINE)
+
+
+def test_client_that_goes_away_while_it_is_written_to_frees_the_thread(start):
+    endless = chunk(says("x" * 1000)) * 20_000
+    server, fake = start(HEAD, endless)
+    client = Client(server)
+    client.read_until(b"xxx")
+    client.leave("RST")
+    assert fake.hung_up.wait(DEADLINE)
+
+
+def test_pipelined_request_is_no_hang_up_and_is_answered_next(start, looks):
+    more = threading.Event()
+    server, fake = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n")
+    client = Client(server)
+    client.ask()
+    client.read_until(b"some")
+    looked = threading.Event()
+    watch = next(iter(server.watchdog._watches))
+    watch.beat = looked.set  # is called if no hang-up was seen
+    assert looked.wait(DEADLINE)
+    more.set()
+    assert client.read_until(b"[DONE]", 2).count(b"[DONE]") == 2
+    client.leave()
+
+
+def descriptors():
+    return len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 0
+
+
+def poll(condition):
+    """Wait until it is true."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, "the time is up"
+        threading.Event().wait(0.01)
+
+
+def test_thousand_aborts_leave_no_thread_descriptor_or_memory_behind(start, log):
+    random, (server, fake) = Random(7), start(SAID, HOLD)
+
+    def abort(count):
+        clients = [Client(server, stream=random.random() < 0.7) for _ in range(count)]
+        for _ in clients:
+            fake.requests.get(timeout=DEADLINE)
+        for client in clients:
+            client.leave(random.choice(["FIN", "RST"]))
+        poll(lambda: not server.connections and not server.watchdog)
+        log.queue.clear()
+
+    def counts():
+        poll(lambda: threading.active_count() <= threads)
+        gc.collect()
+        return descriptors(), len(gc.get_objects())
+    threads = threading.active_count()
+    abort(100)
+    before = counts()
+    for _ in range(10):
+        abort(100)
+    after = counts()
+    assert after[0] <= before[0] and after[1] < before[1] + 500
+
+
+def frames_of(seen):
+    """The frames in a chunked answer's bytes, without the sizes of chunks."""
+    return [json.loads(text) for text in re.findall(rb"^data: (\{.*\})$", seen, re.MULTILINE)]
+
+
+def test_stream_gets_heartbeats_before_the_first_record_and_says_its_role_once(start):
+    more = threading.Event()
+    server, _ = start(more, SAID, chunk(FINAL) + b"0\r\n\r\n", heartbeat=0.01)
+    server.watchdog.tick = 0.01
+    client = Client(server, n=2)
+    seen = client.read_until(b'"delta":{}', 3)
+    more.set()
+    frames = frames_of(seen + client.read_until(b"[DONE]"))
+    deltas = [frame["choices"][0]["delta"] for frame in frames if frame["choices"][0]["index"] == 0]
+    assert deltas[:3] == [{"role": "assistant", "content": ""}, {}, {}]
+    assert sum("role" in delta for delta in deltas) == 1 and {"content": "some"} in deltas
+    assert all(frame["choices"][0]["finish_reason"] is None for frame in frames[:3])
+    assert len({frame["id"] for frame in frames}) == 1
+    client.leave()
+
+
+def test_second_choice_gets_heartbeats_of_its_own(start):
+    more = threading.Event()
+    server, _ = start(answers=[[RECORDED["length"]], [more, RECORDED["length"]]], heartbeat=0.01)
+    server.watchdog.tick = 0.01
+    client = Client(server, n=2)
+    seen = client.read_until(b'{"index":1,"delta":{},')
+    more.set()
+    frames = frames_of(seen + client.read_until(b"[DONE]"))
+    second = [f["choices"][0] for f in frames if f["choices"][0]["index"] == 1]
+    assert second[0]["delta"] == {"role": "assistant", "content": ""} and second[1]["delta"] == {}
+    assert [c["index"] for f in frames for c in f["choices"] if c["finish_reason"]] == [0, 1]
+    client.leave()
+
+
+@pytest.mark.parametrize("path, headers, beat", [
+    ("/v1/completions", [], b'"text":"",'), ("/api/chat", ["Accept: text/event-stream"], b": heartbeat\n\n")])
+def test_other_streams_get_heartbeats_in_their_own_form(start, path, headers, beat):
+    more = threading.Event()
+    server, _ = start(HEAD, more, heartbeat=0.01)
+    server.watchdog.tick = 0.01
+    client = Client(server, path, headers=headers, prompt="x")
+    assert beat in client.read_until(beat)
+    more.set()
+    seen = client.read_until(b"\r\n0\r\n\r\n")
+    assert b'"code":"upstream_cut"' in seen and b"[DONE]" not in seen
+    client.leave()
+
+
+@pytest.mark.parametrize("path, headers", [
+    ("/v1/chat/completions", []), ("/api/chat", ["Accept: text/event-stream"])])
+def test_failure_keeps_its_status_before_a_heartbeat_and_is_a_frame_after_it(start, path, headers):
+    more = threading.Event()
+    server, fake = start(more, RECORDED["missing"], heartbeat=0.01)
+    client = Client(server, path, headers=headers)
+    fake.requests.get(timeout=DEADLINE)
+    server.watchdog.tick = 0.01
+    seen = client.read_until(b"\n\n")
+    more.set()
+    seen += client.read_until(b"\r\n0\r\n\r\n")
+    assert seen.startswith(b"HTTP/1.1 200 ") and b"ollama pull nosuch" in seen and b"[DONE]" not in seen
+    assert b'"code":"model_not_found"' in seen
+    client.leave()
+    server, _ = start(RECORDED["missing"], heartbeat=60)
+    assert call(server, "POST", path, {"model": "m", "messages": [], "stream": True}).status == 404
+
+
+def test_heartbeat_of_0_sends_none(start, monkeypatch):
+    looked, more = threading.Semaphore(0), threading.Event()
+    beat = proxy_module.EventStream.beat
+    monkeypatch.setattr(proxy_module.EventStream, "beat", lambda self: (beat(self), looked.release()))
+    server, _ = start(more, RECORDED["length"], heartbeat=0)
+    server.watchdog.tick = 0.001
+    client = Client(server)
+    for _ in range(20):
+        assert looked.acquire(timeout=DEADLINE)
+    more.set()
+    seen = client.read_until(b"[DONE]")
+    assert seen.count(b'"delta":{}') == 1
+    client.leave()
+
+
+def test_heartbeat_does_not_wait_for_a_client_that_does_not_read(start):
+    server, _ = start(HEAD, chunk(says("x" * 1000)) * 20_000, HOLD, heartbeat=0.001)
+    server.watchdog.tick = 0.001
+    client = Client(server)
+    client.read_until(b"xxx")
+    other, fake = Client(server), FakeOllama(HOLD)
+    server.upstream.url = parse_url(fake.url)
+    third = Client(server)
+    fake.requests.get(timeout=DEADLINE)
+    third.leave()
+    assert fake.left.wait(DEADLINE)  # so the watchdog is still at work
+    for client in client, other:
+        client.leave()
+    fake.close()
+
+
+def drip(client, data):
+    """Send bytes one at a time, until the server answers or hangs up; return what it says."""
+    for i in range(len(data)):
+        try:
+            client.socket.sendall(data[i:i + 1])
+        except OSError:
+            break
+        if select.select([client.socket], [], [], 0.02)[0]:
+            break
+    else:
+        raise AssertionError("the server has waited for all of it")
+    return client.read_until(b"\r\n0\r\n\r\n")
+
+
+def test_head_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
+    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.2)
+    server, _ = start()
+    client = Client(server, path=None)
+    client.socket.sendall(POST)
+    answer = drip(client, b"X: " + b"x" * 10_000)
+    assert answer.startswith(b"HTTP/1.1 408 ") and b'"error"' in answer
+    client.leave()
+
+
+def test_body_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
+    monkeypatch.setattr(proxy_module.ProxyHandler, "body_timeout", 0.2)
+    server, _ = start()
+    client = Client(server, path=None)
+    client.socket.sendall(POST + HOST + b"Content-Length: 10000\r\n\r\n")
+    assert drip(client, b"x" * 9_999).startswith(b"HTTP/1.1 408 ")
+    client.leave()
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat"])
+def test_connection_that_idles_is_closed(start, monkeypatch, sent):
+    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.1)
+    server, _ = start(RECORDED["length"])
+    client = Client(server)
+    assert client.read_until(b"\r\n0\r\n\r\n").endswith(b"\r\n0\r\n\r\n")
+    client.socket.sendall(sent)
+    assert client.read_until(b"never") == b""
+    poll(lambda: not server.connections)
+    client.leave()
+
+
+def test_client_that_does_not_read_is_cut_and_pushes_back_meanwhile(start, monkeypatch, log):
+    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.3)
+    piece, sent = chunk(says("x" * 10_000)), []
+
+    class Endless:
+        """A step that speaks until the proxy hangs up."""
+        def __len__(self):
+            return 1 << 40
+
+        def __getitem__(self, _):
+            sent.append(len(piece))
+            return piece
+    server, fake = start(HEAD, Endless(), size=1, log="json")
+    client = Client(server)
+    assert fake.hung_up.wait(DEADLINE)
+    assert records(log, 1)[0]["end"] == "client hang-up"
+    assert sum(sent) < 64 << 20  # what two sockets' buffers hold, and not all that was said
+    client.leave()
+
+
+def test_slow_reader_that_goes_on_reading_is_not_cut(start, monkeypatch):
+    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.5)
+    server, _ = start(HEAD + chunk(says("x" * 3_000_000)) + chunk(FINAL) + b"0\r\n\r\n")
+    client = Client(server, path=None)
+    client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+    client.ask("/api/chat", headers=["Accept: text/event-stream"])
+    begun, seen = time.monotonic(), 0
+    while time.monotonic() < begun + 1.2:  # longer than a limit for the whole frame
+        threading.Event().wait(0.02)
+        seen += len(client.socket.recv(4096))
+    assert seen < 3_000_000 and b"data: [DONE]" in client.read_until(b"[DONE]")
+    client.leave()
+
+
+def test_whole_answer_that_never_ends_is_refused_at_the_cap(start, monkeypatch):
+    monkeypatch.setattr(proxy_module, "MAX_BODY_BYTES", 10_000)
+    server, fake = start(HEAD, chunk(says("x" * 1000)) * 20)
+    assert_failed(chat(server, stream=False), 502, "upstream_protocol")
+    assert_failed(chat(server, tools=[function("f")], tool_choice="required"), 502, "upstream_protocol")
+    fake.steps = (HEAD, chunk(says("x" * 1000)) * 20 + chunk(FINAL))
+    assert len(chat(server).text()) == 20_000
+
+
+def test_one_connection_too_many_is_a_503_at_once_and_health_still_answers(start):
+    more = threading.Event()
+    server, fake = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n", max_connections=2)
+    clients = [Client(server), Client(server)]
+    for client in clients:
+        client.read_until(b"some")
+    answer = chat(server)
+    assert answer.status == 503 and answer.headers["Retry-After"] == "1"
+    assert answer.headers["Connection"] == "close" and answer.json()["error"]["code"] == "proxy_busy"
+    assert call(server, "GET", "/healthz").status == call(server, "GET", "/metrics").status == 200
+    more.set()
+    for client in clients:
+        assert b"[DONE]" in client.read_until(b"[DONE]")
+        client.leave()
+    poll(lambda: not server.connections)
+    assert chat(server).status == 200
+
+
+def test_far_too_many_connections_are_closed_without_a_thread(start):
+    server, _ = start()
+    server.connection_limit = 0
+    threads = threading.active_count()
+    client = Client(server, path=None)
+    with contextlib.suppress(ConnectionResetError):
+        assert client.socket.recv(1) == b""
+    assert threading.active_count() <= threads
+    client.leave()
+
+
+def test_body_above_the_limit_is_a_413_before_it_is_read(start):
+    server, _ = start(max_body=100)
+    client = Client(server, path=None)
+    client.socket.sendall(POST + HOST + b"Content-Length: 101\r\n\r\n")
+    answer = client.read_until(b"}}")
+    assert answer.startswith(b"HTTP/1.1 413 ") and b"--max-body" in answer
+    client.leave()
+
+
+def draining(server):
+    """drain() in a thread: (thread, a list that gets its result)."""
+    results = []
+    thread = threading.Thread(target=lambda: results.append(server.drain()))
+    thread.start()
+    poll(lambda: server.draining and server.socket.fileno() < 0)
+    return thread, results
+
+
+def test_drain_lets_a_stream_end_and_refuses_new_requests(start):
+    more = threading.Event()
+    server, _ = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n")
+    streaming, idle = Client(server), Client(server, "/healthz", "GET")
+    idle.read_until(b"ok\n")
+    streaming.read_until(b"some")
+    thread, results = draining(server)
+    with pytest.raises(OSError):
+        Client(server)
+    idle.ask()
+    refusal = idle.read_until(b"}}")
+    assert refusal.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1" in refusal and b"close" in refusal
+    more.set()
+    assert b"data: [DONE]\n\n" in streaming.read_until(b"[DONE]")
+    thread.join(DEADLINE)
+    assert results == [True]
+    streaming.leave()
+    idle.leave()
+
+
+def test_drain_says_an_error_to_what_is_left_when_time_is_up(start):
+    server, fake = start(SAID, HOLD, drain_timeout=0.1)
+    streaming, whole = Client(server), Client(server, stream=False)
+    for _ in range(2):
+        fake.requests.get(timeout=DEADLINE)
+    streaming.read_until(b"some")
+    thread, results = draining(server)
+    seen = streaming.read_until(b"\r\n0\r\n\r\n")
+    assert b'"code":"proxy_stopped"' in seen and b"[DONE]" not in seen and seen.endswith(b"\r\n0\r\n\r\n")
+    assert whole.read_until(b"}}").startswith(b"HTTP/1.1 503 ")
+    thread.join(DEADLINE)
+    assert results == [False] and fake.left.wait(DEADLINE)
+    streaming.leave()
+    whole.leave()
+
+
+def test_server_without_threads_to_spare_serves_on_and_accepts_again(start, log, monkeypatch):
+    more, begin = threading.Event(), threading.Thread.start
+    server, _ = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n")
+    monkeypatch.setattr(proxy_module, "PAUSE_SECONDS", 0.01)
+    streaming = Client(server)
+    streaming.read_until(b"some")
+
+    def fail(thread):
+        if "process_request" in repr(thread._target):
+            raise RuntimeError("can't start new thread")
+        begin(thread)
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    refused = Client(server)
+    with contextlib.suppress(ConnectionResetError):
+        assert refused.read_until(b"never") == b""
+    assert log.get(timeout=DEADLINE) == "warning: no new connections for a moment: can't start new thread"
+    monkeypatch.setattr(threading.Thread, "start", begin)
+    more.set()
+    assert b"[DONE]" in streaming.read_until(b"[DONE]")
+    assert chat(server).text() == "some" and "Traceback" not in "".join(log.queue)
+    for client in streaming, refused:
+        client.leave()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
+def test_server_without_descriptors_to_spare_serves_on_and_accepts_again():
+    program = f"ulimit -n 40 && exec {sys.executable} {PROGRAM} --demo --listen 127.0.0.1:0"
+    process = subprocess.Popen(["sh", "-c", program], stderr=subprocess.PIPE, universal_newlines=True)
+    try:
+        port = int(re.search(r":(\d+) ", process.stderr.readline())[1])
+        process.stderr.readline()
+        fake = FakeOllama()
+        fake.server_port = port
+        first = Client(fake, path=None)
+        idle = [Client(fake, path=None) for _ in range(60)]
+        line = process.stderr.readline()
+        assert line.startswith("warning: no new connections for a moment: ") and "oo many open" in line
+        for client in idle[20:]:
+            client.leave()
+        for client in idle[:20]:
+            client.leave()
+        first.ask("/v1/models", "GET")
+        assert first.read_until(b"demo-error").startswith(b"HTTP/1.1 200 ")
+        assert call(fake, "GET", "/v1/models").status == 200
+        first.leave()
+        fake.close()
+    finally:
+        process.kill()
+        process.wait(DEADLINE)
+        process.stderr.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
+def test_processes_with_reuse_port_share_a_port(start):
+    first, _ = start(reuse_port=True)
+    config = first.config._replace(listen=parse_url(first.url))
+    second = ProxyServer(config)
+    assert second.server_port == first.server_port
+    first.drain()
+    thread = threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    assert call(second, "GET", "/healthz").status == 200
+    assert second.drain()
+    thread.join(DEADLINE)
+
+
 # ---- Shape -------------------------------------------------------------------------------------
 
 
@@ -2442,8 +2976,8 @@ def test_demo_obeys_a_schema_and_calls_the_tool_that_it_is_given(demo):
     assert json.loads(answer.deltas()) == value
     tools = [{"type": "function", "function": {"name": "paint", "parameters": schema}}]
     for model, choice in ("demo-tool", "auto"), ("demo-text", "required"), ("demo-text", named("paint")):
-        message = fold_chunks(chat(demo, model=model, tools=tools, tool_choice=choice).chunks())
-        call = message["choices"][0]["message"]["tool_calls"][0]["function"]
+        answer = chat(demo, model=model, tools=tools, tool_choice=choice)
+        call = answer.folded()[0]["message"]["tool_calls"][0]["function"]
         assert call["name"] == "paint" and json.loads(call["arguments"]) == value
 
 

@@ -1375,7 +1375,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(self.tick):
-            for watch in list(self._watches):
+            for watch in self._watches.copy():
                 watch.look()
 
     def stop(self) -> None:
@@ -1394,7 +1394,7 @@ class Watchdog(threading.Thread):
 
     def end_all(self, reason: Exception) -> None:
         """End all requests that are under way."""
-        for watch in list(self._watches):
+        for watch in self._watches.copy():
             watch.end(reason)
 
 
@@ -1490,13 +1490,14 @@ class ChunkDecoder:
     (b'abc', b'd', True)
     """
 
-    SIZE = rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]*)?\r\n"
+    FIRST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]*)?\r\n")
+    NEXT_SIZE = re.compile(rb"\r\n" + FIRST_SIZE.pattern)
 
     def __init__(self) -> None:
         self.ended = False
         self._rest = b""  # of a size's line that is not whole
         self._left = 0  # bytes of the chunk that are still to come
-        self._size = re.compile(self.SIZE)
+        self._size = self.FIRST_SIZE
 
     def feed(self, data: bytes) -> bytes:
         """Take bytes, return those of the body. Raises ProxyError 502 for what is no chunk."""
@@ -1511,7 +1512,7 @@ class ChunkDecoder:
             at = line.end()
             self._left = int(line[1], 16)
             self.ended = not self._left
-            self._size = re.compile(b"\r\n" + self.SIZE)  # from the second one on
+            self._size = self.NEXT_SIZE
         self._rest, body = data[at:], b"".join(pieces)
         odd = b"\n" in self._rest[2:] or len(self._rest) > MAX_ERROR_BYTES
         if odd and not body and not self.ended:  # else next time: what is good goes out first

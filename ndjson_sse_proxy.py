@@ -41,6 +41,7 @@ import base64
 import calendar
 import contextlib
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -76,8 +77,7 @@ __version__ = "0.1.0"
 
 # ---- 1. Limits and settings: each number with its reason; one frozen object, handed down -------
 
-READ_BYTES = 16 * 1024  # at most this much in one read: a hundred words of a model's, and each
-# stream that waits has such a buffer
+READ_BYTES = 16 * 1024  # in one read of what is thrown away
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file; a line that never ends may not grow
 MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures in it; also a whole answer
 MAX_ERROR_BYTES = 64 * 1024  # of an upstream's error page; nobody reads more
@@ -878,14 +878,15 @@ class ChatStream:
     def _deltas(self, record: Json) -> Iterator[Json]:
         """The parts of a record, a delta each: many clients look at one part of a delta only."""
         message = self._message(record)
-        thinking, content = member(message, "thinking", str), member(message, "content", str)
+        thinking = "thinking" in message and member(message, "thinking", str)
+        content = member(message, "content", str)
         if thinking:  # not OpenAI's: some clients read the one name, some the other
             yield {"reasoning": thinking, "reasoning_content": thinking}
         if content and self._forced is not None:
             self._text.append(content)
         elif content:
             yield {"content": content}
-        for call in member(message, "tool_calls", list):
+        for call in member(message, "tool_calls", list) if "tool_calls" in message else ():
             function = member(call, "function", dict, needed=True)
             if len(self._call_ids) < self._max_calls:
                 arguments = function.get("arguments")  # a text already, from some that copy Ollama
@@ -1293,9 +1294,9 @@ def ascii_json(value: Any) -> str:
 # ---- 8. Watchdog: one thread that looks after all requests -------------------------------------
 # While Ollama is silent (a model loads, others are before us in its queue) the thread of a request
 # sleeps in recv() and sees nothing of its client. So another thread looks at all of them every
-# TICK_SECONDS: a client that has hung up is noticed, one that waits long gets a heartbeat. It frees
-# a sleeping thread by shutdown() on the upstream's socket: recv() returns, and Ollama, whose
-# connection is gone, stops working.
+# TICK_SECONDS: a client that has hung up is noticed, one that waits long gets a heartbeat, and a
+# silence that is too long has an end. It frees a sleeping thread by shutdown() on the upstream's
+# socket: recv() returns, and Ollama, whose connection is gone, stops working.
 
 
 def has_hung_up(client: socket.socket) -> bool:
@@ -1314,20 +1315,22 @@ def has_hung_up(client: socket.socket) -> bool:
         return False
 
 
-def is_ready(client: socket.socket, event: int) -> bool:
-    """Could the socket be read, or written to, without waiting?"""
+def is_ready(client: socket.socket, event: int, seconds: float = 0) -> bool:
+    """Can the socket be read, or written to, without waiting; or at least within this time?"""
     # Not select(): it knows no descriptors above 1023, but where there is nothing else.
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(client, event)
-        return bool(selector.select(0))
+        return bool(selector.select(seconds))
 
 
 class Watch:
     """A request under way, and the two sockets it holds on to."""
 
-    def __init__(self, client: socket.socket | None = None) -> None:
+    def __init__(self, client: socket.socket | None, idle_timeout: float) -> None:
         self.client = client
         self.beat: Callable[[], None] | None = None  # called at each look, for heartbeats
+        self.silent_since = float("inf")  # time.monotonic(), while the thread waits for Ollama
+        self._idle_timeout = idle_timeout
         self._reason: Exception | None = None
         self._upstream: socket.socket | None = None
         self._lock = threading.Lock()
@@ -1357,6 +1360,9 @@ class Watch:
             self.end(ConnectionAbortedError("the client hung up"))
             with contextlib.suppress(OSError):  # it is gone; if the thread is writing, that ends
                 socket.socket.shutdown(self.client, socket.SHUT_RDWR)
+        elif time.monotonic() - self.silent_since > self._idle_timeout:
+            self.end(ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
+                                "(--idle-timeout)", code="upstream_timeout"))
         elif self.beat:
             self.beat()
 
@@ -1364,9 +1370,9 @@ class Watch:
 class Watchdog(threading.Thread):
     """The thread that looks at all requests, until stop()."""
 
-    def __init__(self) -> None:
+    def __init__(self, idle_timeout: float) -> None:
         super().__init__(name="watchdog", daemon=True)
-        self.tick = TICK_SECONDS
+        self.tick, self._idle_timeout = TICK_SECONDS, idle_timeout
         self._watches: set[Watch] = set()
         self._over = threading.Event()
 
@@ -1383,9 +1389,9 @@ class Watchdog(threading.Thread):
         self._over.set()
 
     @contextlib.contextmanager
-    def watching(self, client: socket.socket) -> Iterator[Watch]:
+    def watching(self, client: socket.socket | None = None) -> Iterator[Watch]:
         """Look at a request, as long as the block runs."""
-        watch = Watch(client)
+        watch = Watch(client, self._idle_timeout)
         self._watches.add(watch)
         try:
             yield watch
@@ -1405,7 +1411,7 @@ class Upstream:
     """An Ollama at a URL. Every failure to talk with it comes out as a ProxyError."""
 
     def __init__(self, config: Config, via: str, api_key: str = "") -> None:
-        self.url, self.idle_timeout = config.upstream, config.idle_timeout
+        self.url = config.upstream
         # A server's 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is no place to go to.
         host = self.url.hostname or ""
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
@@ -1418,13 +1424,13 @@ class Upstream:
         """Send one request and wait for the status line: minutes, while a model loads.
 
         Each request has a connection of its own: closing it is how Ollama is told to stop.
-        Raises ProxyError 502 if there is no Ollama, 504 after idle_timeout seconds of silence, and
-        what ends the watch.
+        Raises ProxyError 502 if there is no Ollama, and what ends the watch: 504 after a silence.
         """
         connection = self._connect()
         try:
             with self.reading(watch):
                 watch.attach(connection.sock)
+                watch.silent_since = time.monotonic()
                 # Whoever refuses a large body may do so, and hang up, before all of it is sent.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                     connection.request(method, self.url.path + path, body, {
@@ -1445,7 +1451,8 @@ class Upstream:
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
                 "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
                 code="upstream_unreachable") from error
-        connection.sock.settimeout(self.idle_timeout)
+        # The watchdog's time limit costs nothing; the socket's own would be a poll() for each recv().
+        connection.sock.settimeout(None)
         return connection
 
     @contextlib.contextmanager
@@ -1454,18 +1461,15 @@ class Upstream:
         as what the watch was ended with, as it was the watchdog then that cut the connection."""
         try:
             yield
-        except (OSError, http.client.HTTPException, ValueError, LookupError) as error:
+        except OSError as error:
             watch.check()
-            raise self._failure(error) from error
+            raise cut_upstream(type(error).__name__) from error
+        except (http.client.HTTPException, ValueError, LookupError) as error:  # odd headers
+            watch.check()
+            raise broken_upstream(f"{type(error).__name__} {error}") from error
+        finally:
+            watch.silent_since = float("inf")
         watch.check()
-
-    def _failure(self, error: Exception) -> ProxyError:
-        if isinstance(error, socket.timeout):
-            return ProxyError(504, f"Ollama was silent for {self.idle_timeout:g} s "
-                              "(--idle-timeout)", code="upstream_timeout")
-        if isinstance(error, OSError):
-            return cut_upstream(type(error).__name__)
-        return broken_upstream(f"{type(error).__name__} {error}")  # odd headers
 
     def json(self, watch: Watch, method: str, path: str, body: Json | None = None) -> Json:
         """A short exchange: the JSON object that Ollama answers. Raises ProxyError."""
@@ -1552,7 +1556,10 @@ class UpstreamAnswer:
         left = self._response.length  # 0 for an answer to HEAD, whatever it promises
         with self._upstream.reading(self._watch):
             while left != 0 and not (chunks and chunks.ended):
-                data = self._response.fp.read1(min(left or READ_BYTES, READ_BYTES))
+                self._watch.silent_since = time.monotonic()
+                # peek() waits in the reader's own buffer; read1(n) would take n bytes for that.
+                data = self._response.fp.read1(len(self._response.fp.peek()[:left]))
+                self._watch.silent_since = float("inf")
                 if not data and (chunks or left):
                     self._watch.check()
                     raise cut_upstream("it ended before " + (
@@ -1647,12 +1654,17 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> bytes:
     return b"".join(lines)
 
 
-class DeadlineReader(io.RawIOBase):
-    """A client's bytes, until `deadline`: a time limit for each recv() would let it drip."""
+class ClientIO(io.RawIOBase):
+    """A client's bytes, in both directions, with time limits for what http.server waits for.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self.deadline = time.monotonic() + CLIENT_SECONDS
+    To read: until `deadline`, in total; a limit for each recv() would let a client drip. To write:
+    `patience` seconds without progress; sendall()'s own limit is for all of the bytes.
+    Raises socket.timeout, which is an OSError.
+    """
+
+    def __init__(self, connection: socket.socket, patience: float) -> None:
+        self._connection, self._patience = connection, patience
+        self.deadline = time.monotonic() + patience
 
     def readable(self) -> bool:
         return True
@@ -1663,6 +1675,19 @@ class DeadlineReader(io.RawIOBase):
             raise socket.timeout("the client's time is up")
         self._connection.settimeout(left)
         return self._connection.recv_into(buffer)
+
+    def write(self, data: Any) -> int:
+        """All of the data; in one send, as a rule."""
+        size = len(data)
+        if self._connection.gettimeout() != 0:
+            self._connection.settimeout(0)
+        while data:
+            try:
+                data = data[self._connection.send(data):]
+            except (BlockingIOError, ssl.SSLWantWriteError):
+                if not is_ready(self._connection, selectors.EVENT_WRITE, self._patience):
+                    raise socket.timeout("the client does not read") from None
+        return size
 
 
 class JsonHandler(http.server.BaseHTTPRequestHandler):
@@ -1683,12 +1708,13 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
         self.rfile.close()
-        self.clock = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self.clock)
+        self.client = ClientIO(self.connection, self.timeout)
+        self.wfile = self.client  # type: ignore[assignment]  # typeshed's is narrower than need be
+        self.rfile = io.BufferedReader(self.client, 2048)  # a head; thousands of clients have one
 
     def handle_one_request(self) -> None:
         """The base class's; the next request's head must be there in time."""
-        self.clock.deadline = time.monotonic() + self.timeout
+        self.client.deadline = time.monotonic() + self.timeout
         super().handle_one_request()
 
     def parse_request(self) -> bool:
@@ -1737,7 +1763,6 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
               headers: Iterable[tuple[str, str]] = ()) -> None:
         """Status line and headers; without a length the body is chunked, or ends the connection."""
         self.head_sent = True
-        self.connection.settimeout(self.timeout)  # of each send, no longer of reading
         self.chunked = length is None and self.request_version != "HTTP/1.0"
         self.send_response(status)
         self.send_header("Content-Type", content_type)
@@ -1754,12 +1779,9 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def write(self, data: bytes) -> None:
-        """A part of the body, in one send if the client reads. Raises OSError for one that does not
-        take a single byte for so long as `timeout`; sendall() would ask for all of them by then."""
+        """A part of the body, in one send if the client reads."""
         if self.command != "HEAD":
-            data = b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data
-            while data:
-                data = data[self.connection.send(data):]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
 
     def finish_body(self) -> None:
         """The end of a chunked body. One that ends without it was cut, and clients notice."""
@@ -1787,7 +1809,7 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(400, f"a {self.command} request has no body here")
         if self.headers.get("Expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.clock.deadline = time.monotonic() + self.body_timeout
+        self.client.deadline = time.monotonic() + self.body_timeout
         try:
             body = self.rfile.read(length)
         except socket.timeout:
@@ -1835,8 +1857,9 @@ class EventStream:
 
     def pieces(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
         """The same pieces, waited for as above."""
+        step = functools.partial(next, pieces, b"")
         while True:
-            piece = self.wait_for(lambda: next(pieces, b""))
+            piece = self.wait_for(step)
             if not piece:
                 return
             yield piece
@@ -2555,7 +2578,7 @@ class ProxyServer(Server):
         self.upstream = Upstream(config, self.via, upstream_key)
         self.keys, self.hooks = Keys(config.api_key, config.api_key_file), load_hooks(config.hooks)
         self.aliases, self.metrics = dict(config.alias), Metrics()
-        self.watchdog, self.draining = Watchdog(), False
+        self.watchdog, self.draining = Watchdog(config.idle_timeout), False
         self.connection_limit = config.max_connections + MAX_EXTRA
         self.reuse_port = config.reuse_port
         host, guarded = str(config.listen.hostname), bool(self.keys) or "authenticate" in self.hooks
@@ -2870,15 +2893,17 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
 
 def say(text: str) -> None:
     """A line for whoever started the program; in one write, for threads."""
-    with contextlib.suppress(OSError, ValueError):  # nobody reads stderr any more: serve on
+    # Nobody reads stderr any more, or there is none (None, for a program without a window): serve on.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
-def say_if_unreachable(upstream: Upstream) -> None:
+def say_if_unreachable(server: ProxyServer) -> None:
     """Ask Ollama for its version, so that a wrong URL shows before the first client comes."""
     try:
-        upstream.json(Watch(), "GET", "/api/version")
+        with server.watchdog.watching() as watch:
+            server.upstream.json(watch, "GET", "/api/version")
     except ProxyError as error:
         say(f"warning: {error.message}")
 
@@ -2931,7 +2956,7 @@ def serve(server: ProxyServer) -> int:
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
     say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
         f"{len(server.keys)}, hooks: {', '.join(server.hooks) or 'none'}")
-    threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
+    threading.Thread(target=say_if_unreachable, args=[server], daemon=True).start()
     while not stop.wait(1):  # not for ever: on Windows no signal would come through
         pass
     if server.watchdog:

@@ -5,13 +5,20 @@ Nothing here sleeps: tests wait on events, or on a socket, with a deadline.
 """
 from __future__ import annotations
 
+import asyncio
+import collections
 import contextlib
+import functools
 import gc
 import http.client
+import inspect
 import io
 import json
+import math
 import os
+import platform
 import queue
+import random
 import re
 import select
 import shutil
@@ -19,13 +26,13 @@ import signal
 import socket
 import sqlite3
 import ssl
+import statistics
 import struct
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from random import Random
 
 import doctest
 import pytest
@@ -370,9 +377,10 @@ def demo():
 
 @pytest.fixture(autouse=True)
 def log(monkeypatch):
-    """A queue of what the proxy says on stderr."""
+    """A queue of what the proxy says on stderr; and a watchdog that looks often."""
     lines = queue.Queue()
     monkeypatch.setattr(proxy_module, "say", lines.put)
+    monkeypatch.setattr(proxy_module, "TICK_SECONDS", 0.02)
     return lines
 
 
@@ -1258,21 +1266,21 @@ def test_recording_cut_after_every_single_byte_never_looks_finished(start, endin
         assert "Hello from a" in chat(server, stream=stream).text()
 
 
-def mutated(random, data):
+def mutated(rng, data):
     """The same bytes with a few changes: some replaced, left out, put in, or the end cut off."""
     data = bytearray(data)
-    for _ in range(random.randrange(1, 4)):
-        at, size = random.randrange(len(data)), random.choice([1, 1, 1, 5, 40])
-        new = random.choice([b"", b"\r\n", b"\n", b"0", b"\xff", b'"', b"{", b"\0", b"-1", b"1" * 30])
-        data[at:at + random.choice([0, size])] = new
-    return bytes(data[:random.randrange(len(data))] if random.random() < 0.3 else data)
+    for _ in range(rng.randrange(1, 4)):
+        at, size = rng.randrange(len(data)), rng.choice([1, 1, 1, 5, 40])
+        new = rng.choice([b"", b"\r\n", b"\n", b"0", b"\xff", b'"', b"{", b"\0", b"-1", b"1" * 30])
+        data[at:at + rng.choice([0, size])] = new
+    return bytes(data[:rng.randrange(len(data))] if rng.random() < 0.3 else data)
 
 
 @pytest.mark.parametrize("name", ["hello", "length", "tool", "die_mid", "missing", "hello_whole"])
 def test_random_upstream_answer_ends_well_or_says_an_error(start, log, name):
-    random, (server, fake) = Random(name), start(idle_timeout=0.2)
+    rng, (server, fake) = random.Random(name), start(idle_timeout=0.2)
     for i in range(60):
-        fake.steps = (mutated(random, RECORDED[name]), *random.choice([(), (RESET,)]))
+        fake.steps = (mutated(rng, RECORDED[name]), *rng.choice([(), (RESET,)]))
         answer = chat(server, stream=i % 2 == 0)
         if answer.status != 200 or b'{"error":' in answer.body:
             assert_failed(answer, answer.status)
@@ -1287,11 +1295,11 @@ def test_random_upstream_answer_ends_well_or_says_an_error(start, log, name):
 
 
 def test_random_request_is_answered_or_closed_and_the_next_one_is_served(start, log):
-    random, (server, _) = Random(1), start(RECORDED["length"])
+    rng, (server, _) = random.Random(1), start(RECORDED["length"])
     body = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"stream":true,"top_p":1}'
     request = POST + HOST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
     for _ in range(300):
-        answer = raw(server, mutated(random, request))
+        answer = raw(server, mutated(rng, request))
         assert not answer or answer.startswith(b"HTTP/1.1 ")
     assert "Hello from a" in chat(server).text()
     assert "Traceback" not in "".join(log.queue)
@@ -2244,14 +2252,14 @@ def poll(condition):
 
 
 def test_thousand_aborts_leave_no_thread_descriptor_or_memory_behind(start, log):
-    random, (server, fake) = Random(7), start(SAID, HOLD)
+    rng, (server, fake) = random.Random(7), start(SAID, HOLD)
 
     def abort(count):
-        clients = [Client(server, stream=random.random() < 0.7) for _ in range(count)]
+        clients = [Client(server, stream=rng.random() < 0.7) for _ in range(count)]
         for _ in clients:
             fake.requests.get(timeout=DEADLINE)
         for client in clients:
-            client.leave(random.choice(["FIN", "RST"]))
+            client.leave(rng.choice(["FIN", "RST"]))
         poll(lambda: not server.connections and not server.watchdog)
         log.queue.clear()
 
@@ -3165,3 +3173,507 @@ def test_readme_lists_every_route():
     section = section[:section.index("\n## ")]
     for path in proxy_module.ROUTES:
         assert path.replace("/*", "").rpartition("/")[2] in section, path
+
+
+# ---- Bench and soak ----------------------------------------------------------------------------
+#     python test_proxy.py bench [quick]
+#     python test_proxy.py soak [SECONDS [SEED]]
+# The upstream, the proxy, and a bare relay to compare it with are processes of their own.
+
+RECORD = (b'{"model":"m","created_at":"2026-11-22T22:21:53.400636945Z","message":'
+          b'{"role":"assistant","content":"%b"},"done":%b}\n')
+STAMP = re.compile(rb'"content":"(\d{19})')  # what a frame says: its number, or its time in ns
+STAMP_BYTES = 30
+LAST_CHUNK = b"0\r\n\r\n"
+FINISHED = chunk(RECORD % (b"", b'true,"done_reason":"stop","total_duration":1427445221,'
+                           b'"prompt_eval_count":9,"eval_count":23')) + LAST_CHUNK
+BROKEN = {"cut": b"", "reset": RESET, "error": chunk(b'{"error":"it died"}\n') + LAST_CHUNK,
+          "garbage": chunk(b"<html>\n") + LAST_CHUNK, "no_http": b""}
+
+
+def frame(number):
+    return chunk(RECORD % (b"%019d" % number, b"false"))
+
+
+@functools.lru_cache(maxsize=None)
+def frames(count):
+    return b"".join(map(frame, range(count)))
+
+
+def play(model):
+    """The steps for a model's name, KIND:FRAMES[:PER_SECOND]: bytes are sent, a time is waited for,
+    RESET resets; then comes FIN."""
+    kind, count, rate = [*model.split(":"), "1"][:3]
+    if kind in ("silent", "slow_start"):
+        yield math.inf if kind == "silent" else time.monotonic() + 0.5
+    yield b"\0 no HTTP\r\n\r\n" if kind == "no_http" else HEAD
+    if kind == "paced":
+        begin = time.monotonic() + random.random() / int(rate)  # or all would tick at once
+        for i in range(int(count)):
+            yield begin + i / int(rate)
+            yield frame(time.monotonic_ns())
+    else:
+        yield frames(int(count))
+    yield BROKEN.get(kind, FINISHED)
+
+
+class PlayedOllama(asyncio.Protocol):
+    """A connection: one request, then its steps. All are in one thread, and what is sent was made
+    beforehand, so that this is not the bottleneck."""
+
+    open = 0  # connections, as far as the other side has not hung up
+
+    def connection_made(self, transport):
+        PlayedOllama.open += 1
+        self.transport, self.request, self.steps = transport, b"", None
+
+    def connection_lost(self, error):
+        PlayedOllama.open -= 1
+        self.steps = iter([math.inf])
+
+    def data_received(self, data):
+        self.request += data
+        head, end, body = self.request.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+        if end and len(body) == int(length[1] if length else 0):
+            answer = b'{"version":"0","open":%d}' % (PlayedOllama.open - 1)
+            self.steps = play(json.loads(body)["model"]) if body else iter([
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer)])
+            self.go_on()
+
+    def go_on(self):
+        for step in self.steps:
+            if isinstance(step, bytes):
+                self.transport.write(step)
+            elif step is RESET:
+                reset_on_close(self.transport.get_extra_info("socket"))
+                return self.transport.abort()
+            else:
+                return step < math.inf and asyncio.get_running_loop().call_at(step, self.go_on)
+        self.transport.write_eof()
+
+
+async def play_ollama():
+    server = await asyncio.get_running_loop().create_server(
+        PlayedOllama, "127.0.0.1", 0, backlog=1024)
+    print("listens on http://127.0.0.1:%d" % server.sockets[0].getsockname()[1],
+          file=sys.stderr, flush=True)
+    await server.serve_forever()
+
+
+def reset_on_close(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def relay(upstream_port):
+    """What any proxy of this library costs: lines go through as they are. It is run from its own
+    source only, so that its memory is not that of the tests."""
+    import http.client
+    import http.server
+    import sys
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            upstream = http.client.HTTPConnection("127.0.0.1", upstream_port)
+            upstream.request("POST", self.path, body, {"Content-Type": "application/json"})
+            self.send_response(200)
+            self.send_header("Content-Type", "application/x-ndjson")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for line in upstream.getresponse():
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
+            self.wfile.write(b"0\r\n\r\n")
+            upstream.close()
+
+    http.server.ThreadingHTTPServer.request_queue_size = 128
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    print(f"listens on http://127.0.0.1:{server.server_port}", file=sys.stderr, flush=True)
+    server.serve_forever()
+
+
+class Spawned:
+    """A server in a process of its own; its first line on stderr says where it listens."""
+
+    def __init__(self, path, *command):
+        began, self.path = time.monotonic(), path
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NDJSON_", "OLLAMA_"))}
+        self.process = subprocess.Popen([sys.executable, *map(str, command)], env=clean,
+                                        stderr=subprocess.PIPE, universal_newlines=True)
+        first = self.process.stderr.readline()
+        self.port = int(re.search(r"listens on http://127.0.0.1:(\d+)", first)[1])
+        socket.create_connection(("127.0.0.1", self.port)).close()
+        self.start_seconds, self.said = time.monotonic() - began, []
+        # read on, or the pipe would be full one day, and the server stand still
+        threading.Thread(target=self.said.extend, args=[self.process.stderr], daemon=True).start()
+
+    def close(self):
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+    def proc(self, name):
+        """A file of Linux' /proc, or a folder's names; empty on other systems."""
+        path = Path(f"/proc/{self.process.pid}/{name}")
+        with contextlib.suppress(OSError):
+            return os.listdir(path) if path.is_dir() else path.read_text()
+        return ""
+
+    def cpu_seconds(self):
+        fields = self.proc("stat").rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else math.nan
+
+    def mebibytes(self):
+        """The memory that is resident."""
+        if self.proc("statm"):
+            return int(self.proc("statm").split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
+            return int(subprocess.check_output(command)) / 1024
+        return math.nan
+
+
+@contextlib.contextmanager
+def spawning():
+    """Functions that start a server each: direct (the upstream itself), relay, proxy."""
+    with contextlib.ExitStack() as stack:
+        def start(*command):
+            return stack.enter_context(contextlib.closing(Spawned(*command)))
+
+        allow_many_files()
+        upstream = start("/api/chat", __file__, "upstream")
+        source = inspect.getsource(relay) + f"\nrelay({upstream.port})\n"
+        flags = ["--listen", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{upstream.port}"]
+        if b"--max-connections" in subprocess.check_output([sys.executable, str(PROGRAM), "-h"]):
+            flags += ["--max-connections", "2000"]
+        yield {"direct": lambda: upstream, "relay": lambda: start("/api/chat", "-c", source),
+               "proxy": lambda: start("/v1/chat/completions", PROGRAM, *flags)}
+
+
+def allow_many_files():
+    """A descriptor each for thousands of connections; the processes started here inherit it."""
+    with contextlib.suppress(ImportError):
+        import resource
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = 10_000 if hard == resource.RLIM_INFINITY else min(10_000, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def post(path, model, stream=True, accept="*/*"):
+    """A chat's request: the arguments of HTTPConnection.request()."""
+    messages = [{"role": "user", "content": "hi"}]
+    body = json.dumps({"model": model, "stream": stream, "messages": messages})
+    return "POST", path, body, {"Accept": accept, "Content-Type": "application/json"}
+
+
+def request_bytes(method, path, body, headers):
+    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}",
+             *map(": ".join, headers.items())]
+    return "\r\n".join([*lines, "", body]).encode()
+
+
+class LoadStream(asyncio.Protocol):
+    """A stream of the load client: counts its frames and notes when they came."""
+
+    def __init__(self, path, model):
+        self.request = request_bytes(*post(path, model))
+        self.expected, self.paced = int(model.split(":")[1]), model.startswith("paced")
+        self.frames, self.delays, self.rest, self.done, self.whole = 0, [], b"", False, False
+        self.began, self.first = time.monotonic(), math.nan
+        self.ended = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport):
+        self.transport = transport
+        transport.write(self.request)
+
+    def data_received(self, data):
+        now, data = time.monotonic_ns(), self.rest + data
+        found = STAMP.findall(data)
+        if found and not self.frames:
+            self.first = now / 1e9 - self.began
+        self.frames += len(found)
+        if self.paced:
+            self.delays += [(now - int(stamp)) / 1e6 for stamp in found]
+        self.done = self.done or b"[DONE]" in data or b'"done":true' in data
+        self.rest = data[1 - STAMP_BYTES:]  # less than a stamp, so that none is counted twice
+        if data.endswith(b"\r\n" + LAST_CHUNK):
+            self.whole = self.done and self.frames == self.expected
+            self.transport.close()
+
+    def connection_lost(self, error):
+        self.ended.set_result(None)
+
+
+Load = collections.namedtuple("Load", "frames seconds delays first broken")
+
+
+async def load(server, model, count, deadline):
+    """So many streams at once. One that is not over in time counts as broken."""
+    loop, streams, began = asyncio.get_running_loop(), [], time.monotonic()
+    for _ in range(count):
+        streams.append((await loop.create_connection(
+            lambda: LoadStream(server.path, model), "127.0.0.1", server.port))[1])
+    await asyncio.wait([stream.ended for stream in streams], timeout=deadline)
+    return Load(sum(s.frames for s in streams), time.monotonic() - began,
+                sorted(delay for s in streams for delay in s.delays),
+                streams[0].first, sum(not s.whole for s in streams))
+
+
+class Bench:
+    """The rows of the table. A value is the median of what was measured."""
+
+    def __init__(self, quick):
+        self.rows, self.broken = {}, collections.Counter()
+        self.rounds, self.frames, self.singles = (1, 2000, 5) if quick else (3, 20_000, 20)
+        self.streams, self.seconds = (100, 2) if quick else (1000, 10)
+        if os.name == "nt":
+            self.streams = min(self.streams, 400)  # select() takes 512 there
+
+    def note(self, row, name, value):
+        self.rows.setdefault(row, collections.defaultdict(list))[name].append(value)
+
+    def median(self, row, name):
+        return statistics.median(self.rows[row][name] or [math.nan])
+
+    def load(self, name, server, model, count):
+        result = asyncio.run(load(server, model, count, self.seconds + 3 * DEADLINE))
+        self.broken[name] += result.broken
+        return result
+
+    def burst(self, name, server):
+        for count in (1, 50):
+            got = self.load(name, server, f"burst:{self.frames // count}", count)
+            self.note(f"frames/s, burst, streams: {count}", name, got.frames / got.seconds)
+
+    def paced(self, name, server):
+        """100 streams with 20 frames/s each."""
+        before = server.cpu_seconds()
+        got = self.load(name, server, f"paced:{self.seconds * 10}:20", 100)
+        used = (server.cpu_seconds() - before) / (got.frames or math.nan)
+        for percent in (50, 99):
+            delay = (got.delays or [math.nan])[len(got.delays) * percent // 100]
+            self.note(f"latency p{percent}, ms, 100 streams x 20/s", name, delay)
+        if name != "direct":
+            self.note("CPU per frame, µs, same load", name, used * 1e6)
+
+    def first_token(self, name, server):
+        for _ in range(self.singles):
+            got = self.load(name, server, "burst:1", 1)
+            self.note("time to first token, ms, alone", name, got.first * 1e3)
+
+    def memory(self, name, server):
+        """Of a fresh process. The load is in this thread, so another one looks at the memory."""
+        self.load(name, server, "burst:1", 1)
+        self.note("memory, MiB, at rest", name, server.mebibytes())
+        timer = threading.Timer(self.seconds * 0.8, lambda: self.note(
+            f"memory, MiB, {self.streams:,} streams x 5/s", name, server.mebibytes()))
+        timer.start()
+        self.load(name, server, f"paced:{5 * self.seconds}:5", self.streams)
+        timer.join()
+
+    def print_table(self):
+        for row in [row for row in self.rows if row.startswith("latency")]:
+            for name in ("relay", "proxy"):
+                more = self.median(row, name) - self.median(row, "direct")
+                self.note(f"added {row}", name, more)
+        print("| | direct | relay | proxy | proxy/relay |\n|---|---:|---:|---:|---:|")
+        for row in self.rows:
+            values = [self.median(row, name) for name in ("direct", "relay", "proxy")]
+            values.append(values[2] / (values[1] or math.nan))
+            cells = [f"{v:,.0f}" if v >= 1000 else f"{v:.2f}" for v in values]
+            print("|", row, "|", " | ".join(cells).replace("nan", "-"), "|")
+        print("broken streams:", *(f"{name} {count}" for name, count in self.broken.items()))
+
+
+def bench(argv):
+    """The same loads without a proxy, through the relay and through the proxy, in turns: what else
+    the machine does hits all of them."""
+    table = Bench(quick=argv == ["quick"])
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
+          f"{platform.python_implementation()} {platform.python_version()}, {platform.platform()}")
+    with spawning() as starters:
+        servers = {name: start() for name, start in starters.items()}
+        for measure in (table.burst, table.paced, table.first_token):
+            for _ in range(table.rounds):
+                for name, server in servers.items():
+                    measure(name, server)
+        for name in ("relay", "proxy"):
+            servers[name].close()
+            for _ in range(5):
+                with contextlib.closing(starters[name]()) as server:
+                    table.note("start-up, ms", name, server.start_seconds * 1e3)
+            table.memory(name, starters[name]())
+        table.print_table()
+    return 1 if any(table.broken.values()) else 0
+
+
+# What the soak's clients do, and how often. "slow" reads a long stream with pauses.
+DOINGS = {"stream": 6, "whole": 4, "raw": 3, "framed": 3, "slow": 1, "abort": 6, "malformed": 2}
+GOOD_MODELS = ["burst:1", "burst:300", "burst:3000", "paced:20:100", "slow_start:5"]
+LEFT_MODELS = ["silent:0", "slow_start:5", "paced:200:100", "burst:3000"]
+MALFORMED = [
+    b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", b"GET /" + b"x" * 70_000,
+    *(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + rest for rest in (
+        b"\r\n", b"Content-Length: x\r\n\r\n", b"Content-Length: 99999999999\r\n\r\n",
+        b"Content-Length: 5\r\n\r\n{\"a\":", b"Content-Length: 2\r\n\r\n{}",
+        b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"))]
+SLACK = 4  # threads and descriptors that may be there beyond those at the start: a watcher's own
+MORE_MEBIBYTES = 8  # than after the warm-up; in the usual time, a leak of 1 KiB a request is more
+
+
+class SoakClient:
+    """Does one thing after another, on one connection as long as that is kept alive."""
+
+    def __init__(self, port, seed, results):
+        self.port, self.random, self.results = port, random.Random(seed), results
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+
+    def run(self, until):
+        while time.monotonic() < until:
+            doing = self.random.choices(list(DOINGS), list(DOINGS.values()))[0]
+            bad = f"{self.random.choice(list(BROKEN))}:{self.random.randrange(10)}"
+            model = self.random.choice([self.random.choice(GOOD_MODELS), bad])
+            act, what = getattr(self, doing, self.ask), ""
+            try:
+                act(doing, {"slow": "burst:10000"}.get(doing, model))
+            except Exception as error:  # noqa: BLE001  whatever it is, it is a result
+                what = f"{model}: {error!r}"[:300]
+                self.connection.close()
+            self.results.append((doing, what))
+            time.sleep(self.random.random() * 0.1)
+        self.connection.close()
+
+    def request(self, doing, model):
+        path = "/api/chat" if doing in ("raw", "framed") else "/v1/chat/completions"
+        accept = "text/event-stream" if doing == "framed" else "*/*"
+        return post(path, model, doing != "whole", accept)
+
+    def ask(self, doing, model):
+        self.connection.request(*self.request(doing, model))
+        response, body, cut = self.connection.getresponse(), b"", False
+        read = functools.partial(response.read1, 1 << 16) if response.chunked else response.read
+        try:
+            for count, piece in enumerate(iter(read, b"")):
+                body += piece
+                time.sleep(0.2 if doing == "slow" and count % 1000 == 0 else 0)
+        except (http.client.IncompleteRead, ConnectionResetError):
+            cut = True
+            self.connection.close()
+        judge(doing, model, response.status, body, cut)
+
+    def abort(self, doing, model):
+        """Hang up, by FIN or RST, within the request, before the answer or in its midst."""
+        request = request_bytes(*self.request(self.random.choice(list(DOINGS)),
+                                              self.random.choice(LEFT_MODELS)))
+        if self.random.random() < 0.2:
+            request = request[:self.random.randrange(len(request))]
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(request)
+            connection.settimeout(0.001 + self.random.random() * 0.3)
+            with contextlib.suppress(OSError):
+                connection.recv(self.random.randrange(1, 5000))
+            if self.random.random() < 0.5:
+                reset_on_close(connection)
+
+    def malformed(self, doing, model):
+        request = self.random.choice(MALFORMED)
+        with socket.create_connection(("127.0.0.1", self.port), DEADLINE) as connection:
+            connection.sendall(request)
+            response = http.client.HTTPResponse(connection)
+            response.begin()
+            judge_error(response.status, response.read())
+
+
+def judge(doing, model, status, body, cut):
+    """An answer is whole if, and only if, the upstream's was; else it does not look so."""
+    good, count, seen = model.split(":")[0] not in BROKEN, int(model.split(":")[1]), body[-200:]
+    if status != 200:
+        assert not good, f"status {status} {seen}"
+        return judge_error(status, body)
+    if doing == "raw":
+        assert good == (b'"done":true' in body and not cut), f"cut: {cut}, {seen}"
+    elif doing == "whole":
+        assert good and not cut, f"cut: {cut}, {seen}"
+    else:
+        *events, rest = body.split(b"\n\n")
+        ends = [e for e in events if e == b"data: [DONE]" or e.startswith(b'data: {"error":')]
+        assert not rest and not cut and ends == events[-1:], f"cut: {cut}, {ends}, {seen}"
+        assert good == (ends == [b"data: [DONE]"]), f"{ends}"
+    said = re.findall(rb"\d{19}", body)  # the numbers of the frames, or their times
+    assert said == sorted(set(said)), "frames twice, or out of order"
+    assert len(said) == count if good else len(said) <= count, f"{len(said)} frames of {count}"
+
+
+def judge_error(status, body):
+    names = sorted(json.loads(body)["error"])
+    assert status >= 400 and names == ["code", "message", "param", "type"], f"{status} {body[:200]}"
+
+
+Usage = collections.namedtuple("Usage", "upstream threads descriptors mebibytes")
+
+
+def usage(upstream, server):
+    """Connections open at the upstream; what the proxy has."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", upstream.port)) as connection:
+        connection.request("GET", "/")
+        open_there = json.loads(connection.getresponse().read())["open"]
+    return Usage(open_there, len(server.proc("task")), len(server.proc("fd")),
+                 round(server.mebibytes(), 1))
+
+
+def soak_phase(upstream, server, seconds, seed, results):
+    """Twenty clients. Returns the usage once nothing is left of them, or that has had its time."""
+    start, until = usage(upstream, server), time.monotonic() + seconds
+    threads = [threading.Thread(target=SoakClient(server.port, f"{seed} {i}", results).run,
+                                args=[until]) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    deadline = time.monotonic() + 2 * DEADLINE
+    while not is_idle(usage(upstream, server), start) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return usage(upstream, server)
+
+
+def is_idle(now, start):
+    return (now.upstream == 0 and now.threads <= start.threads + SLACK
+            and now.descriptors <= start.descriptors + SLACK)
+
+
+def soak(argv):
+    """All that clients and upstreams do, well or badly, at random. Each answer must end as it may,
+    and nothing be left over."""
+    seconds, seed = argv[0] if argv else "180", argv[1] if argv[1:] else random.randrange(10**6)
+    print(f"soak of {seconds} s, seed {seed}", flush=True)
+    results = []
+    with spawning() as starters:
+        upstream, server = starters["direct"](), starters["proxy"]()
+        time.sleep(1)  # until it has asked the upstream for its version
+        start = usage(upstream, server)
+        warm = soak_phase(upstream, server, float(seconds) * 0.2, f"{seed} warm-up", results)
+        end = soak_phase(upstream, server, float(seconds) * 0.8, seed, results)
+        checks = {"process": server.process.poll() is None, "idle": is_idle(end, start),
+                  "memory": not end.mebibytes > warm.mebibytes + MORE_MEBIBYTES,
+                  "stderr": not any("Traceback" in line for line in server.said)}
+    results += [(name, "" if good else "see above") for name, good in checks.items()]
+    for name, value in (("start", start), ("after warm-up", warm), ("end", end)):
+        print(f"{name}: {value}")
+    counts = collections.Counter(results)
+    for (doing, what), count in sorted(counts.items())[:60]:
+        print(f"{count:6} {doing}: {f'FAILED {what}' if what else 'passed'}")
+    failed = sum(count for (_, what), count in counts.items() if what)
+    print(f"{len(results) - failed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["upstream"]:
+        asyncio.run(play_ollama())
+    commands = {"bench": bench, "soak": soak}
+    if not set(sys.argv[1:2]) & set(commands):
+        sys.exit("usage: python test_proxy.py bench [quick] | soak [SECONDS [SEED]]")
+    sys.exit(commands[sys.argv[1]](sys.argv[2:]))

@@ -1978,11 +1978,14 @@ class ProxyHandler(JsonHandler):
         """The method for this request, if its Host, its Origin and its key are right."""
         self.path = self.requestline.split(" ")[1]  # the base class changes a // at its start
         self.record["method"] = self.command
+        path, _, query = self.path.partition("?")
+        self.record["route"], self.rest = match_route(path)
+        self.target = self.record["route"].replace("*", self.rest) + ("?" + query if query else "")
+        self.trace = "trace=1" in query.split("&")
         self.check_host()
         self.check_origin()
         if self.command == "OPTIONS" and self.origin:
             return ProxyHandler.preflight
-        path = self.path.partition("?")[0]
         if path not in ("/", "/healthz"):
             self.record["caller"] = self.authenticate()
         if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
@@ -1992,7 +1995,7 @@ class ProxyHandler(JsonHandler):
         if self.server.via in self.headers.get("Via", ""):
             raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
                              "place with --upstream URL", code="upstream_loop")
-        return self.find_route()
+        return self.find_route(path)
 
     def check_host(self) -> None:
         """A page of another site can make its own name mean 127.0.0.1 (DNS rebinding) and so talk
@@ -2038,14 +2041,10 @@ class ProxyHandler(JsonHandler):
                              headers=[("WWW-Authenticate", "Bearer")])
         return caller
 
-    def find_route(self) -> Callable[[ProxyHandler], None]:
+    def find_route(self, path: str) -> Callable[[ProxyHandler], None]:
         """The method for this path. Raises ProxyError 403, 404 or 405, with a hint."""
-        path, _, query = self.path.partition("?")
-        known, self.rest = match_route(path)
-        self.target = known.replace("*", self.rest) + ("?" + query if query else "")
-        self.trace = "trace=1" in query.split("&")
+        known = self.record["route"]
         methods = ROUTES.get(known, {})
-        self.record["route"] = known
         route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
         if self.command in methods and self.server.config.allow_admin:
             route = route or ProxyHandler.passthrough
@@ -2060,6 +2059,8 @@ class ProxyHandler(JsonHandler):
         hint = "; leave out the slash at its end" if path.rstrip("/") in ROUTES else ""
         if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
             hint = f"; base_url should be {self.base_url()}"
+        if path.startswith("/v1/v1/"):  # Anthropic's clients put the first one there themselves
+            hint = f"; the base URL should be {self.base_url()[:-len('/v1')]} here"
         raise ProxyError(404, f"no route {self.command} {path[:200]}{hint}", code="no_route")
 
     # --- routes ---
@@ -2595,8 +2596,8 @@ class ProxyServer(Server):
             try:
                 self.tls.load_cert_chain(config.tls_cert, config.tls_key or None)
             except OSError as error:
-                raise ValueError(f"--tls-cert {config.tls_cert} --tls-key {config.tls_key}: "
-                                 f"{error}") from None
+                key = f" --tls-key {config.tls_key}" if config.tls_key else ""
+                raise ValueError(f"--tls-cert {config.tls_cert}{key}: {error}") from None
         super().__init__(host, config.listen.port or 0, ProxyHandler)
         self.watchdog.start()
 

@@ -1639,6 +1639,8 @@ def test_wrong_paths_and_methods_get_a_hint(start):
     answer = call(server, "POST", "/chat/completions", {})
     assert answer.status == 404
     assert f"base_url should be http://127.0.0.1:{server.server_port}/v1" in answer.json()["error"]["message"]
+    answer = call(server, "POST", "/v1/v1/messages", {})
+    assert answer.json()["error"]["message"].endswith(f" should be {server.url} here")
     answer = call(server, "GET", "/v1/chat/completions")
     assert answer.status == 405 and answer.headers["Allow"] == "POST"
 
@@ -1845,6 +1847,7 @@ def test_only_who_has_a_key_may_call(start, log, headers, status):
     if status == 401:
         assert answer.headers["WWW-Authenticate"] == "Bearer" and fake.requests.empty()
         assert answer.json()["error"]["code"] == "invalid_api_key"
+        assert "route=/v1/models status=401" in log.get(timeout=DEADLINE)
     log = "\n".join(log.queue)
     assert "sk-" not in log and "nope" not in log and "wrong" not in log
 

@@ -1451,7 +1451,7 @@ class Upstream:
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
                 "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
                 code="upstream_unreachable") from error
-        # The watchdog's time limit costs nothing; the socket's own would be a poll() for each recv().
+        # The watchdog's time limit costs nothing; the socket's own, a poll() before each recv().
         connection.sock.settimeout(None)
         return connection
 
@@ -2066,7 +2066,10 @@ class ProxyHandler(JsonHandler):
     # --- routes ---
 
     def root(self) -> None:
-        """GET and HEAD /: the `ollama` program asks here whether anybody is there."""
+        """GET and HEAD /: the page for a browser; for the rest, as the `ollama` program that asks
+        whether anybody is there, a line of text."""
+        if "text/html" in self.headers.get("Accept", ""):
+            return self.send_text(PAGE, "text/html; charset=utf-8", PAGE_HEADERS)
         self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url()}\n")
 
     def preflight(self) -> None:
@@ -2353,10 +2356,11 @@ class ProxyHandler(JsonHandler):
         own = urllib.parse.urlsplit(self.server.url)
         return f"{own.scheme}://{self.headers.get('Host', own.netloc)}/v1"
 
-    def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8") -> None:
+    def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8",
+                  headers: Iterable[tuple[str, str]] = ()) -> None:
         """A whole answer of text."""
         body = text.encode("utf-8", "backslashreplace")
-        self.start(200, content_type, len(body))
+        self.start(200, content_type, len(body), headers)
         self.write(body)
 
     def start_events(self, ignored: list[str] | tuple[()] = ()) -> EventStream:
@@ -2753,6 +2757,177 @@ class DemoOllama(Server):
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
+# ---- 12. The page: what a browser gets at / ----------------------------------------------------
+# It asks for a trace (?trace=1), in which each line of Ollama's stands, as a comment, before the
+# frames that it became, and shows the two side by side. receive() is an SSE parser to read.
+
+PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_sse_proxy</title>
+<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
+<style>
+* { color-scheme: light dark; box-sizing: border-box; margin: 0; overflow-wrap: anywhere }
+body { max-width: 100rem; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
+  background: light-dark(#f4f5f7, #14171a); color: light-dark(#1c2126, #e4e7ea) }
+form, div { display: flex; flex-wrap: wrap; gap: .7rem; margin: .7rem 0 }
+label, div > section { flex: 1 1 18rem; min-width: 0 } label:has(textarea) { flex-basis: 100% }
+input, select, textarea { display: block; width: 100% } h1, h2 { font-size: 16px }
+input, select, textarea, button, section { padding: .4rem .8rem; font: inherit; font-size: 15px;
+  background: light-dark(#fff, #1d2125); border: 1px solid #8886; border-radius: 6px }
+label, summary, time, small, code::after { color: light-dark(#5a6570, #9aa4ae); font-size: 13px }
+#send { color: light-dark(#fff, #14171a); background: light-dark(#0b62a8, #7cc0f8) }
+#error { color: light-dark(#a8200d, #ff9a8a); border-left: 3px solid; padding-left: .7rem }
+#error:empty, #code:placeholder-shown, details:has(:empty) { display: none }
+ol { position: relative; overflow: auto; max-height: 23rem; min-height: min(23rem, 30vw);
+  list-style: none; padding: 0 }
+li { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 4rem }
+.lit { background: light-dark(#fff0b3, #4d4314) } time, code { display: block }
+code, #code { font: 12.5px/1.45 monospace; word-break: break-all } p, code { white-space: pre-wrap }
+#lines code::after { content: "\\n" } #frames code::after { content: "\\n\\n" }
+</style>
+<h1>ndjson_sse_proxy</h1><small>Ollama's NDJSON in, the SSE that OpenAI clients read out</small>
+<form><label>Model <select id="model"></select></label>
+  <label>API key, if any (this tab only) <input id="key" type="password" autocomplete="off"></label>
+  <label>Prompt <textarea id="prompt" rows="2">Why does a blank line end a frame?</textarea></label>
+  <button id="send" title="Ctrl+Enter">Send</button> <button>Stop</button>
+  <button>Copy as curl</button> <button>Copy as Python</button> <button>Copy as JavaScript</button>
+</form><textarea id="code" rows="6" readonly placeholder=" " aria-label="Code to copy"></textarea>
+<p id="error" role="alert"></p><p id="status" role="status"></p>
+<div><section><h2>What went up</h2><ol id="up"></ol></section>
+  <section><h2>Ollama's lines: NDJSON</h2><ol id="lines"></ol></section>
+  <section><h2>The frames they became: SSE</h2><ol id="frames"></ol></section></div>
+<section><h2>As a chat shows it</h2><details><summary>Thinking</summary><p id="thought"></p>
+  </details><p id="text"></p><code id="calls"></code></section>
+<template id="row"><li><time></time><code></code></li></template>
+<script>
+const $ = (id) => document.getElementById(id), q = JSON.stringify;
+const base = new URL("v1", location).href, key = () => $("key").value || "none";
+const question = () => ({model: $("model").value, stream: true,
+  messages: [{role: "user", content: $("prompt").value}]});
+const say = (text, error = "") => [$("status").textContent, $("error").textContent] = [text, error];
+const seconds = () => (performance.now() - run.start) / 1000;
+let run;  // the stream under way, or the last one
+async function ask(path, options) {  // throws what the proxy said, if it said no
+  const headers = {"Content-Type": "application/json", Authorization: `Bearer ${key()}`};
+  const response = await fetch(base + path, {...options, headers});
+  if (response.ok) return response;
+  const {error} = await response.json().catch(() => ({}));
+  throw Error(`${response.status}: ${error?.message ?? response.statusText}`);
+}
+async function send() {
+  run?.stopper.abort();
+  const own = run = {start: performance.now(), no: 0, stopper: new AbortController()};
+  const body = q({...question(), stream_options: {include_usage: true}});
+  for (const id of ["thought", "text", "calls", "up", "lines", "frames"]) $(id).textContent = "";
+  say("Waiting for the first token");
+  addRow("up", "this page to the proxy", `POST /v1/chat/completions?trace=1 ${body}`);
+  try {
+    const options = {method: "POST", body, signal: run.stopper.signal};
+    const response = await ask("/chat/completions?trace=1", options);
+    const reader = response.body.getReader(), decoder = new TextDecoder();
+    // Bytes come cut anywhere: what follows the last blank line waits in `rest` for its own. If
+    // that never comes, it was cut off and is no block. (Lines may end in \r\n, but not here.)
+    for (let rest = "", read; !(read = await reader.read()).done;) {
+      const blocks = (rest + decoder.decode(read.value, {stream: true})).split("\n\n");
+      rest = blocks.pop();
+      blocks.forEach(receive);
+      if (!document.querySelector("ol:hover, ol:focus-within"))  // nobody is reading there
+        for (const list of document.querySelectorAll("ol")) list.scrollTop = list.scrollHeight;
+    }
+    if (!run.whole) throw Error("The stream ended without [DONE]: this may not be all of it.");
+    const {first = seconds(), completion_tokens: n, reason} = run, rate = n / (seconds() - first);
+    say(`Done (${reason}): first token ${first.toFixed(3)} s, ${n} at ${rate.toFixed(1)} tokens/s`);
+  } catch ({name, message}) {
+    if (run === own) say(...name === "AbortError" ? ["Stopped"] : ["Failed", message]);
+  }
+}
+// A block is a frame ("data: ...") or, with ?trace=1, a comment (": ..."), which SDKs skip: the
+// request as it went up, and each line of NDJSON right before the frames that it became.
+function receive(block) {
+  const text = block.split("\n").map((line) => line.replace(/^(data)?: ?/, "")).join("\n");
+  if (block.startsWith(": POST ")) return addRow("up", "the proxy to Ollama", text);
+  if (block[0] === ":") return addRow("lines", `line ${++run.no}`, run.line = text, run.group = []);
+  const chunk = text === "[DONE]" ? {whole: true} : JSON.parse(text), {error, usage} = chunk;
+  const {delta = {}, finish_reason: reason} = chunk.choices?.[0] ?? {};
+  // The proxy's own are heartbeats (empty deltas), usage, [DONE], and errors that no line told.
+  const group = (error ? /^{"error"/.test(run.line) : reason || q(delta) !== "{}") && run.group;
+  addRow("frames", group ? `from line ${run.no}` : "the proxy's own", block, group);
+  if (error) throw Error(error.message);
+  if (delta.content || delta.reasoning || delta.tool_calls) run.first ??= seconds();
+  $("thought").append(delta.reasoning ?? ""); $("text").append(delta.content ?? "");
+  for (const {function: call} of delta.tool_calls ?? [])
+    $("calls").append(`${call.name}(${call.arguments})\n`);
+  Object.assign(run, usage, reason && {reason}, {whole: chunk.whole});
+}
+function addRow(id, label, text, group) {  // a group is a line and its frames
+  const list = $(id), row = $("row").content.firstChild.cloneNode(true);
+  const envelope = list.firstChild ? /"(id|model)":.*?,(?="(choices|message)":)/ : /$^/;
+  row.firstChild.textContent = `${seconds().toFixed(3)} s, ${label}`;
+  row.lastChild.textContent = text.replace(envelope, "…");  // focus shows all; so does the first
+  row.tabIndex = list.firstChild ? -1 : 0;  // Tab stops once in a list; from there arrow keys
+  row.onmousemove = (e) => { if (e.movementX || e.movementY) light(row) };  // not if rows move
+  row.onfocus = () => { light(row); row.lastChild.textContent = text };
+  row.onkeydown = ({key}) =>
+    ({ArrowDown: row.nextSibling, ArrowUp: row.previousSibling})[key]?.focus();
+  (row.group = group || []).push(row);
+  list.append(row);
+}
+function light(row) {
+  for (const other of document.querySelectorAll(".lit")) other.classList.remove("lit");
+  for (const one of row.group) {
+    one.classList.add("lit");
+    if (one.parentNode !== row.parentNode) one.parentNode.scrollTop = one.offsetTop - 150;
+  }
+}
+function copy(kind) {  // a string in JSON is one in Python and in JavaScript, too
+  const {model, messages} = question(), shell = (s) => `'${s.replaceAll("'", "'\\''")}'`;
+  $("code").value = {curl: `curl -sSN ${shell(base + "/chat/completions")} -H ${
+    shell("Authorization: Bearer " + key())} -d ${shell(q(question()))}`,
+  Python: `from openai import OpenAI  # pip install openai
+client = OpenAI(base_url=${q(base)}, api_key=${q(key())})
+for chunk in client.chat.completions.create(
+        model=${q(model)}, messages=${q(messages)}, stream=True):
+    print(chunk.choices[0].delta.content or "", end="", flush=True)`,
+  JavaScript: `import OpenAI from "openai";  // npm install openai; save this as chat.mjs
+const client = new OpenAI({baseURL: ${q(base)}, apiKey: ${q(key())}});
+for await (const chunk of await client.chat.completions.create(${q(question())}))
+  process.stdout.write(chunk.choices[0].delta.content ?? "");`}[kind] + "\n";
+  $("code").select();  // navigator.clipboard is for HTTPS only
+  say(document.execCommand("copy") ? "Copied" : "Ctrl+C copies the code");
+}
+async function showModels() {
+  try {
+    const {data} = await (await ask("/models")).json();
+    const option = ({id, description: text}) => new Option(text ? `${id}: ${text}` : id, id);
+    $("model").replaceChildren(...data.map(option));
+    say(data.length ? "Ready" : "Ollama has no model yet; where it runs: ollama pull NAME");
+  } catch ({message}) { say("No list of models", message) }
+}
+$("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) send() };
+document.forms[0].onsubmit = ({submitter: {textContent: name}}) => {
+  ({Send: send, Stop: () => run?.stopper.abort()}[name] ?? copy)(name.split(" ").pop());
+  return false;  // stay on this page
+};
+$("key").value = sessionStorage.apiKey ?? "";
+$("key").onchange = () => { sessionStorage.apiKey = $("key").value; showModels() };
+showModels();
+</script>
+"""
+
+
+def hash_of(tag: str) -> str:
+    """What the Content-Security-Policy calls the page's own <script> or <style>."""
+    inside = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+
+PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks with nobody but the proxy
+    ("Content-Security-Policy", "; ".join([
+        "default-src 'none'", "script-src " + hash_of("script"), "style-src " + hash_of("style"),
+        "img-src data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'",
+        "frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types 'none'"])),
+    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("Cache-Control", "no-cache"), ("Vary", "Accept")]
+
+
 # ---- 13. Run: command line, signals ------------------------------------------------------------
 
 
@@ -2894,7 +3069,7 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
 
 def say(text: str) -> None:
     """A line for whoever started the program; in one write, for threads."""
-    # Nobody reads stderr any more, or there is none (None, for a program without a window): serve on.
+    # Nobody reads stderr any more; or it is None, for a program without a console: serve on.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
@@ -2910,7 +3085,7 @@ def say_if_unreachable(server: ProxyServer) -> None:
 
 
 def allow_descriptors(count: int) -> None:
-    """Let the process have so many, if it may: a stream takes two, systems begin with 256 to 1024."""
+    """Let the process have so many, if it may: a stream takes two, systems give 256 to 1024."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

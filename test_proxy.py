@@ -2952,6 +2952,83 @@ def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch,
     assert rows == [("alice", "m", 9, 27)] and "Traceback" not in "\n".join(log.queue)
 
 
+# ---- Trace and page ----------------------------------------------------------------------------
+
+
+def blocks(answer):
+    """What stands between the blank lines of an event stream."""
+    assert answer.status == 200 and answer.body.endswith(b"\n\n")
+    return answer.body.decode().split("\n\n")[:-1]
+
+
+@pytest.mark.parametrize("path, name, native", [
+    ("/v1/chat/completions", "hello", "/api/chat"), ("/v1/chat/completions", "parallel", "/api/chat"),
+    ("/v1/completions", "generate", "/api/generate")])
+@pytest.mark.parametrize("size", [None, 1, 700])
+def test_trace_shows_the_request_and_each_line_before_the_frames_it_became(start, path, name, native, size):
+    server, fake = start(RECORDED[name], size=size)
+    body = {"model": "m", "messages": [], "prompt": "x", "stream": True, "max_tokens": 7}
+    plain, traced = call(server, "POST", path, body), call(server, "POST", path + "?trace=1", body)
+    fake.requests.get(timeout=DEADLINE)
+    sent = fake.requests.get(timeout=DEADLINE)[2].decode()
+    assert '"num_predict":7' in sent and blocks(traced)[0] == f": POST {native} {sent}"
+    comments = [block[2:] for block in blocks(traced)[1:] if block.startswith(": ")]
+    assert comments == re.findall(r"^\{.*$", RECORDED[name].decode(), re.MULTILINE)
+    frames = [[re.sub('"(id|created)":.*?,"', "", frame) for frame in blocks(answer) if frame[0] != ":"]
+              for answer in (plain, traced)]
+    assert frames[0] == frames[1]
+    line, seen = {}, 0
+    for block in blocks(traced)[1:-1]:
+        if block[0] == ":":
+            line = json.loads(block[2:])
+        elif path == "/v1/chat/completions" and '"delta":{"content"' in block:
+            assert json.loads(block[6:])["choices"][0]["delta"]["content"] == line["message"]["content"]
+            seen += 1
+    assert seen > 0 or path == "/v1/completions"
+
+
+def test_trace_shows_the_error_line_before_the_error_frame(start):
+    server, _ = start(RECORDED["die_mid"])
+    answer = call(server, "POST", "/v1/chat/completions?trace=1", {"model": "m", "messages": [], "stream": True})
+    assert blocks(answer)[-2].startswith(': {"error":"an error') and blocks(answer)[-1].startswith('data: {"error":')
+
+
+def test_trace_changes_neither_early_statuses_nor_whole_answers_nor_who_may_call(start):
+    server, fake = start(RECORDED["missing"], api_key=(ALICE,))
+    path, body, key = "/v1/chat/completions?trace=1", {"model": "m", "messages": []}, bearer(ALICE[1])
+    assert call(server, "POST", path, {**body, "stream": True}).status == 401
+    assert_failed(call(server, "POST", path, {**body, "stream": True}, key), 404, "model_not_found")
+    fake.steps = [RECORDED["hello"]]
+    assert call(server, "POST", path, body, key).text() == HELLO
+
+
+def test_trace_of_a_request_sent_anew_shows_both(start):
+    server, _ = start(answers=[[RECORDED["think_on_hello"]], [RECORDED["length"]]])
+    answer = call(server, "POST", "/v1/chat/completions?trace=1", {
+        "model": "m", "messages": [], "stream": True, "reasoning_effort": "high"})
+    requests = [block for block in blocks(answer) if block.startswith(": POST ")]
+    assert ['"think":"high"' in request for request in requests] == [True, False]
+
+
+def test_trace_of_a_line_with_a_bare_carriage_return_stays_a_comment(start):
+    server, _ = start(HEAD + chunk(b'{"message":{"content":"x"},\rdata: "y",\r"done":false}\n'.replace(
+        b'data: "y",\r', b'"data":1,\r')) + chunk(FINAL) + b"0\r\n\r\n")
+    answer = call(server, "POST", "/v1/chat/completions?trace=1", {"model": "m", "messages": [], "stream": True})
+    assert ': {"message":{"content":"x"},\n: "data":1,\n: "done":false}' in blocks(answer)
+
+
+def test_browser_gets_the_page_which_may_load_nothing_from_anywhere(start):
+    server, fake = start(api_key=(ALICE,))
+    answer = call(server, "GET", "/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert answer.status == 200 and answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    page, policy = answer.body.decode(), answer.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "connect-src 'self'" in policy
+    assert not re.search(r"""(src|href)=["'](?!data:)|@import|url\(|https?://""", page)
+    assert len(page.splitlines()) < 150 and page == proxy_module.PAGE
+    assert call(server, "HEAD", "/", headers={"Accept": "text/html"}).body == b"" and fake.requests.empty()
+    assert len(call(server, "GET", "/").body.splitlines()) == 1
+
+
 # ---- Demo --------------------------------------------------------------------------------------
 
 

@@ -995,11 +995,11 @@ def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
     Raises ProxyError 502 for another type, or if it is needed and not there.
     """
     value = record.get(name) if isinstance(record, dict) else None
+    if isinstance(value, kind):
+        return value
     if value is None and isinstance(record, dict) and not needed:
         return kind()
-    if not isinstance(value, kind):
-        raise broken_upstream(f"no {kind.__name__} {name!r} in {show(to_bytes(record))}")
-    return value
+    raise broken_upstream(f"no {kind.__name__} {name!r} in {show(to_bytes(record))}")
 
 
 def add_up(total: Json, more: Json) -> Json:
@@ -1356,11 +1356,12 @@ class Watch:
 
     def look(self) -> None:
         """What the watchdog does."""
+        silent = time.monotonic() - self.silent_since
+        if silent < 0:  # the thread is at work; if the client is gone, it will see it itself
+            return
         if self.client and has_hung_up(self.client):
             self.end(ConnectionAbortedError("the client hung up"))
-            with contextlib.suppress(OSError):  # it is gone; if the thread is writing, that ends
-                socket.socket.shutdown(self.client, socket.SHUT_RDWR)
-        elif time.monotonic() - self.silent_since > self._idle_timeout:
+        elif silent > self._idle_timeout:
             self.end(ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
                                 "(--idle-timeout)", code="upstream_timeout"))
         elif self.beat:
@@ -2059,7 +2060,7 @@ class ProxyHandler(JsonHandler):
         hint = "; leave out the slash at its end" if path.rstrip("/") in ROUTES else ""
         if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
             hint = f"; base_url should be {self.base_url()}"
-        if path.startswith("/v1/v1/"):  # Anthropic's clients put the first one there themselves
+        if path == "/v1/v1/messages":  # Anthropic's clients put the first one there themselves
             hint = f"; the base URL should be {self.base_url()[:-len('/v1')]} here"
         raise ProxyError(404, f"no route {self.command} {path[:200]}{hint}", code="no_route")
 

@@ -3254,6 +3254,84 @@ def test_readme_lists_every_route():
     for path in proxy_module.ROUTES:
         assert path.replace("/*", "").rpartition("/")[2] in section, path
 
+def readme_block(start):
+    """An indented block of README, from its first line."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    block = readme[readme.index(f"\n    {start}\n") + 1:]
+    return re.sub("^    ", "", re.match(r"(?:    .*\n|\n(?=    ))+", block)[0], flags=re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze") or not os.path.exists("/usr/bin/python3"),
+                    reason="no systemd here")
+def test_readme_systemd_unit_is_valid(tmp_path):
+    unit = tmp_path / "ndjson-sse-proxy.service"
+    unit.write_text(readme_block("[Unit]"))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True,
+                          check=False, timeout=60)
+    assert done.returncode == 0 and unit.name not in done.stderr, done.stderr
+    names = set(re.findall(r"NDJSON_SSE_PROXY_(\w+)", unit.read_text()))
+    assert names and names <= {name.upper() for name in Config._fields}
+
+
+@pytest.fixture
+def nginx(start, certificate, tmp_path):
+    """README's nginx in front of a proxy: (its port, the proxy, the fake upstream)."""
+    if not shutil.which("nginx"):
+        pytest.skip("no nginx here")
+    server, fake = start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    config = readme_block("upstream ollama_boxes {")
+    for old, new in {"127.0.0.1:11435": f"127.0.0.1:{server.server_port}", "listen 443": f"listen 127.0.0.1:{port}",
+                     "/etc/nginx/box.lan.pem": certificate[0], "/etc/nginx/box.lan.key": certificate[1]}.items():
+        assert old in config
+        config = config.replace(old, new)
+    folders = "".join(f"{kind}_temp_path {tmp_path}/{kind};" for kind in (
+        "client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; worker_processes 1; pid {tmp_path}/pid; error_log stderr; events {{}} "
+        f"http {{ access_log off; {folders}\n{config}\n}}")
+    process = subprocess.Popen(["nginx", "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
+                               stderr=subprocess.PIPE)
+
+    def accepts():
+        assert process.poll() is None, process.stderr.read()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            return True
+    try:
+        poll(accepts)
+        yield port, server, fake
+    finally:
+        process.terminate()
+        process.wait(DEADLINE)
+        process.stderr.close()
+
+
+def test_readme_nginx_passes_frames_one_by_one_and_hang_ups_on(nginx, certificate):
+    port, _, fake = nginx
+    more = threading.Event()
+    fake.steps = (SAID, more, chunk(FINAL) + b"0\r\n\r\n")
+    context = ssl.create_default_context(cafile=certificate[0])
+
+    def ask():
+        connection = http.client.HTTPSConnection("localhost", port, timeout=DEADLINE, context=context)
+        connection.request("POST", "/v1/chat/completions", json.dumps({
+            "model": "m", "messages": [], "stream": True}))
+        return connection
+    connection = ask()
+    response = connection.getresponse()
+    seen = b""
+    while b"some" not in seen:  # while the upstream waits for `more`
+        seen += response.readline()
+    more.set()
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    connection.close()
+    fake.steps, fake.requests = (HOLD,), queue.Queue()
+    connection = ask()
+    fake.requests.get(timeout=DEADLINE)
+    connection.close()
+    assert fake.left.wait(DEADLINE)
+
 
 # ---- Bench and soak ----------------------------------------------------------------------------
 #     python test_proxy.py bench [quick]

@@ -21,7 +21,12 @@ a blank line. The `delta`s add up to the message.
 The way of the data:
 
     client --HTTP--> ProxyHandler -- to_ollama_chat --> Upstream --HTTP--> Ollama
-    client <--SSE--- ProxyHandler <- sse_event <- ChatStream <- NdjsonDecoder <- read1() <- NDJSON
+    client <--SSE-- EventStream <- chunk_framer <- ChatStream <- NdjsonDecoder <- pieces() <- NDJSON
+                         ^                                                           |
+                         '------------- Watchdog: heartbeats out, hang-ups in -------'
+
+To see it happen, open http://127.0.0.1:11435/ in a browser, or add ?trace=1 to the path: then
+each line of NDJSON stands, as a comment, before the frames that it became.
 
 The middle (sections 3 to 6) never sees a socket, a clock or a random number, so you can read it,
 test it and paste it elsewhere on its own (with the imports, MAX_LINE_BYTES and section 2 for its
@@ -30,9 +35,9 @@ error frame. An answer that was cut is never passed off as a whole one.
 
 What it does not do: no caching, no retries, no limit of requests, no prompts of its own.
 
-To learn streaming read sections 3, 4, 6; then 5 (the fields of a request), 7 (who may call, what
-is sent on, what happened) and 8 and 10 (HTTP). 1 and 2 hold limits and errors, 11 the demo, 13 the
-command line.
+To learn streaming read sections 3, 4, 6; then 5 (the fields of a request), 8 (hang-ups and
+heartbeats), 9 and 10 (HTTP, up and down), 7 (who may call, what is sent on, what happened). 1 and 2
+hold limits and errors, 11 the demo, 12 the page, 13 the command line.
 """
 from __future__ import annotations
 

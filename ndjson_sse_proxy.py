@@ -91,6 +91,7 @@ MAX_HEADERS = 100  # as many as http.client would take
 SMALL_BYTES = 4096  # fit into any socket that is ready for more
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields: clients stop reading headers somewhere above 8 KiB
 MAX_KEY_FILE_BYTES = 1 << 20  # more keys than a household or a firm has
+MAX_MODEL_NAME = 600  # Ollama takes no longer ones; each frame has it, heartbeats too
 MAX_NAME = 100  # characters of a model's or a field's name in the log and the metrics
 MAX_EXTRA = 64  # connections beyond --max-connections that are told so; more are just closed
 CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
@@ -1331,7 +1332,8 @@ def is_ready(client: socket.socket, event: int, seconds: float = 0) -> bool:
 class Watch:
     """A request under way, and the two sockets it holds on to."""
 
-    def __init__(self, client: socket.socket | None, idle_timeout: float) -> None:
+    def __init__(self, client: socket.socket | None = None,
+                 idle_timeout: float = float("inf")) -> None:
         self.client = client
         self.beat: Callable[[], None] | None = None  # called at each look, for heartbeats
         self.silent_since = float("inf")  # time.monotonic(), while the thread waits for Ollama
@@ -1388,14 +1390,17 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self._over.wait(self.tick):
             for watch in self._watches.copy():
-                watch.look()
+                try:
+                    watch.look()
+                except Exception:  # noqa: BLE001  the thread's boundary: the others are looked at
+                    say(traceback.format_exc())
 
     def stop(self) -> None:
         """End the thread."""
         self._over.set()
 
     @contextlib.contextmanager
-    def watching(self, client: socket.socket | None = None) -> Iterator[Watch]:
+    def watching(self, client: socket.socket) -> Iterator[Watch]:
         """Look at a request, as long as the block runs."""
         watch = Watch(client, self._idle_timeout)
         self._watches.add(watch)
@@ -1421,6 +1426,7 @@ class Upstream:
         # A server's 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is no place to go to.
         host = self.url.hostname or ""
         self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._tls = ssl.create_default_context() if self.url.scheme == "https" else None
         self._headers = {"Connection": "close", "Via": f"1.1 {via}"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -1432,33 +1438,44 @@ class Upstream:
         Each request has a connection of its own: closing it is how Ollama is told to stop.
         Raises ProxyError 502 if there is no Ollama, and what ends the watch: 504 after a silence.
         """
-        connection = self._connect()
-        try:
-            with self.reading(watch):
-                watch.attach(connection.sock)
-                watch.silent_since = time.monotonic()
-                # Whoever refuses a large body may do so, and hang up, before all of it is sent.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request(method, self.url.path + path, body, {
-                        "Content-Type": "application/json", **(headers or {}), **self._headers})
-                return UpstreamAnswer(self, watch, connection, connection.getresponse())
-        except (ProxyError, OSError):
-            connection.close()
-            raise
+        with contextlib.ExitStack() as stack, self.reading(watch):
+            connection = self._connect(watch)
+            stack.callback(connection.close)
+            watch.silent_since = time.monotonic()
+            # Whoever refuses a large body may do so, and hang up, before all of it is sent.
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                connection.request(method, self.url.path + path, body, {
+                    "Content-Type": "application/json", **(headers or {}), **self._headers})
+            response = connection.getresponse()
+            stack.callback(response.close)
+            answer = UpstreamAnswer(self, watch, connection, response)
+            stack.pop_all()
+            return answer
 
-    def _connect(self) -> http.client.HTTPConnection:
-        kind = (http.client.HTTPSConnection if self.url.scheme == "https"
-                else http.client.HTTPConnection)
+    def _connect(self, watch: Watch) -> http.client.HTTPConnection:
+        """A connection that the watch can end, even within its TLS handshake."""
+        connection = (http.client.HTTPSConnection(self._host, self.url.port, context=self._tls)
+                      if self._tls else http.client.HTTPConnection(self._host, self.url.port))
         try:
-            connection = kind(self._host, self.url.port, timeout=CONNECT_SECONDS)
-            connection.connect()
+            sock = socket.create_connection((self._host, connection.port), CONNECT_SECONDS)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                sock = self._tls.wrap_socket(sock, server_hostname=self._host,
+                                             do_handshake_on_connect=False)
+            connection.sock = sock
+            watch.attach(sock)
+            if isinstance(sock, ssl.SSLSocket):
+                watch.silent_since = time.monotonic()
+                sock.do_handshake()
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
+            connection.close()
+            watch.check()
             raise ProxyError(
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
                 "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
                 code="upstream_unreachable") from error
         # The watchdog's time limit costs nothing; the socket's own, a poll() before each recv().
-        connection.sock.settimeout(None)
+        sock.settimeout(None)
         return connection
 
     @contextlib.contextmanager
@@ -1470,7 +1487,8 @@ class Upstream:
         except OSError as error:
             watch.check()
             raise cut_upstream(type(error).__name__) from error
-        except (http.client.HTTPException, ValueError, LookupError) as error:  # odd headers
+        except (http.client.HTTPException, ValueError, LookupError, TypeError) as error:
+            # odd headers, which the parser for mail takes apart
             watch.check()
             raise broken_upstream(f"{type(error).__name__} {error}") from error
         finally:
@@ -1505,12 +1523,13 @@ class ChunkDecoder:
 
     def __init__(self) -> None:
         self.ended = False
+        self.fault: ProxyError | None = None  # behind the bytes that have been returned
         self._rest = b""  # of a size's line that is not whole
         self._left = 0  # bytes of the chunk that are still to come
         self._size = self.FIRST_SIZE
 
     def feed(self, data: bytes) -> bytes:
-        """Take bytes, return those of the body. Raises ProxyError 502 for what is no chunk."""
+        """Take bytes, return those of the body; what is no chunk makes a `fault`."""
         data, at, pieces = self._rest + data, 0, []
         while not self.ended:
             pieces.append(data[at:at + self._left])
@@ -1523,11 +1542,10 @@ class ChunkDecoder:
             self._left = int(line[1], 16)
             self.ended = not self._left
             self._size = self.NEXT_SIZE
-        self._rest, body = data[at:], b"".join(pieces)
-        odd = b"\n" in self._rest[2:] or len(self._rest) > MAX_ERROR_BYTES
-        if odd and not body and not self.ended:  # else next time: what is good goes out first
-            raise broken_upstream(f"a chunk without a size, {show(self._rest)}")
-        return body
+        self._rest = data[at:]
+        if not self.ended and (b"\n" in self._rest[2:] or len(self._rest) > MAX_ERROR_BYTES):
+            self.fault = broken_upstream(f"a chunk without a size, {show(self._rest)}")
+        return b"".join(pieces)
 
 
 class UpstreamAnswer:
@@ -1576,6 +1594,8 @@ class UpstreamAnswer:
                 data = chunks.feed(data) if chunks else data
                 if data:
                     yield data
+                if chunks and chunks.fault:
+                    raise chunks.fault
 
     def read(self, limit: int) -> bytes:
         """The whole body, or as soon as there are `limit` bytes, those."""
@@ -1884,21 +1904,25 @@ class EventStream:
         self._sent_at = time.monotonic()
 
     def beat(self) -> None:
-        """A heartbeat, if the last frame was long ago. Never waits for the client: what is sent is
-        small, and a socket that takes a byte takes so many."""
-        seconds = self._handler.server.config.heartbeat
+        """A heartbeat, if the last frame was long ago. Does not wait for the client: what is sent
+        is small, and a socket that takes a byte takes so many."""
+        seconds, connection = self._handler.server.config.heartbeat, self._handler.connection
         if (not seconds or time.monotonic() - self._sent_at < seconds
                 or not self._lock.acquire(blocking=False)):
             return
+        large: list[bytes] = []
         try:
-            if (sum(map(len, self._gathered)) < SMALL_BYTES
-                    and is_ready(self._handler.connection, selectors.EVENT_WRITE)):
+            if is_ready(connection, selectors.EVENT_WRITE):
+                if sum(map(len, self._gathered)) > SMALL_BYTES:  # a long request's trace: later
+                    large, self._gathered = self._gathered, []
                 for frame in self.idle():
                     self.add(frame)
                 self.flush()
-        except OSError:  # the client is gone; the next look will see it
-            self._sent_at = time.monotonic()
+        except OSError:  # the client is gone, or has read half a frame: nothing may follow
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
         finally:
+            self._gathered += large
             self._lock.release()
 
 
@@ -2156,7 +2180,7 @@ class ProxyHandler(JsonHandler):
             with contextlib.closing(self.ask(request, stream.index)) as answer:
                 pieces = self.waited(answer.pieces())
                 if not self.events or "forced" in request.reply:  # the whole of it is kept
-                    pieces = at_most(MAX_BODY_BYTES, pieces)
+                    pieces = at_most(MAX_BODY_BYTES // len(streams), pieces)
                 for choice in translate(pieces, stream, trace):
                     if self.record["first_token_seconds"] is None:
                         self.record["first_token_seconds"] = self.elapsed()
@@ -2172,10 +2196,10 @@ class ProxyHandler(JsonHandler):
         try:
             answer.raise_for_status()
             return answer
-        except ProxyError as error:
+        except (ProxyError, OSError) as error:  # OSError: the client has hung up
             answer.close()
             # Agents send reasoning_effort to every model; one that can't think shall answer, too.
-            if "does not support thinking" not in error.message or "effort" not in request.reply:
+            if "does not support thinking" not in str(error) or "effort" not in request.reply:
                 raise
         del request.reply["effort"], request.body["think"]
         request.ignored.append("reasoning_effort")
@@ -2288,6 +2312,8 @@ class ProxyHandler(JsonHandler):
         and the log go by the name of the model that the client used."""
         self.model_name = body.get("model")
         if isinstance(self.model_name, str):
+            if len(self.model_name) > MAX_MODEL_NAME:
+                raise ProxyError(400, "'model' is too long", "model")
             self.record["model"] = self.model_name[:MAX_NAME]
         if "shape" in self.server.hooks:
             changed = self.hook("shape", self.record["route"], body, self.record["caller"])
@@ -2621,7 +2647,7 @@ class ProxyServer(Server):
         whole = not self.watchdog
         self.watchdog.end_all(ProxyError(503, "the proxy was stopped before the answer was whole",
                                          code="proxy_stopped"))
-        self._wait_for_requests(LINGER_SECONDS, impatient)  # which are saying so
+        self._wait_for_requests(LINGER_SECONDS, lambda: False)  # which are saying so
         self.watchdog.stop()
         return whole
 
@@ -3081,11 +3107,10 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def say_if_unreachable(server: ProxyServer) -> None:
+def say_if_unreachable(upstream: Upstream) -> None:
     """Ask Ollama for its version, so that a wrong URL shows before the first client comes."""
     try:
-        with server.watchdog.watching() as watch:
-            server.upstream.json(watch, "GET", "/api/version")
+        upstream.json(Watch(), "GET", "/api/version")
     except ProxyError as error:
         say(f"warning: {error.message}")
 
@@ -3125,22 +3150,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def serve(server: ProxyServer) -> int:
     """Serve until a signal comes; then let running requests end. A second signal ends them."""
-    signals: list[int] = []
-    stop = threading.Event()
-
-    def heed(number: int, frame: Any) -> None:
-        signals.append(number)
-        stop.set()
-    signal.signal(signal.SIGINT, heed)
-    signal.signal(signal.SIGTERM, heed)
+    signals: list[int] = []  # no Event: its lock is not for a handler, which may run within it
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, frame: signals.append(number))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = server.config
     say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
     say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
         f"{len(server.keys)}, hooks: {', '.join(server.hooks) or 'none'}")
-    threading.Thread(target=say_if_unreachable, args=[server], daemon=True).start()
-    while not stop.wait(1):  # not for ever: on Windows no signal would come through
-        pass
+    threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
+    while not signals:
+        time.sleep(0.1)
     if server.watchdog:
         say(f"stopping: {len(server.watchdog)} requests have {config.drain_timeout:g} s to end; "
             "again to end them now")

@@ -1233,7 +1233,7 @@ SAID = HEAD + chunk(says("some"))
     ((SAID, RESET), "upstream_cut"),
     ((SAID + b"0\r\n\r\n",), "upstream_cut"),
     ((SAID + b"20\r\n{\"message\":",), "upstream_cut"),
-    ((SAID + b"xyz\r\n",), "upstream_cut"),
+    ((SAID + b"xyz\r\n",), "upstream_protocol"),
     ((SAID + b"-5\r\nabc\r\n",), None),
     ((SAID + chunk(b'{"message":{"content":"cut in the middle') + b"0\r\n\r\n",), "upstream_cut"),
     ((SAID + chunk(b"<html>\n"),), "upstream_protocol"),
@@ -2612,6 +2612,110 @@ def test_processes_with_reuse_port_share_a_port(start):
     assert call(second, "GET", "/healthz").status == 200
     assert second.drain()
     thread.join(DEADLINE)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are something else there")
+def test_burst_of_signals_ends_the_program():
+    for _ in range(3):
+        with running("--demo", "--listen", "127.0.0.1:0") as process:
+            process.stderr.readline()
+            for _ in range(30):
+                process.send_signal(signal.SIGTERM)
+            assert process.wait(DEADLINE) in (0, 1)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are something else there")
+def test_question_at_the_start_does_not_hold_up_the_end():
+    fake = FakeOllama(HOLD)
+    with running("--listen", "127.0.0.1:0", OLLAMA_HOST=fake.url) as process:
+        process.stderr.readline()
+        fake.requests.get(timeout=DEADLINE)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 0
+    fake.close()
+
+
+def test_model_name_beyond_any_of_ollamas_is_a_400(start):
+    server, fake = start()
+    assert assert_failed(chat(server, model="m" * 601), 400)["param"] == "model" and fake.requests.empty()
+
+
+def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start):
+    server, fake = start(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", HOLD)
+
+    def leave(count):
+        clients = [Client(server) for _ in range(count)]
+        for _ in clients:
+            fake.requests.get(timeout=DEADLINE)
+        for client in clients:
+            client.leave()
+        poll(lambda: not server.connections and not server.watchdog)
+    leave(1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = descriptors()
+        leave(40)
+        poll(lambda: descriptors() <= before + 5)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
+def test_upstream_head_that_breaks_the_parser_is_its_own_fault_and_closed(start, log, path):
+    server, fake = start(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary*=a; boundary*0=b\r\n\r\n", HOLD)
+    assert_failed(call(server, "POST", path, {"model": "m", "messages": []}), 502, "upstream_protocol")
+    assert fake.left.wait(DEADLINE) and "Traceback" not in "".join(log.queue)
+
+
+def test_heartbeats_come_with_the_trace_of_a_long_request_too(start):
+    more = threading.Event()
+    server, _ = start(more, RECORDED["length"], heartbeat=0.01)
+    client = Client(server, "/v1/chat/completions?trace=1", messages=[{"role": "user", "content": "x" * 9000}])
+    assert b'"role":"assistant"' in client.read_until(b'"delta":{}')
+    more.set()
+    assert b": POST /api/chat {" in client.read_until(b"[DONE]")
+    client.leave()
+
+
+def test_client_that_goes_away_in_the_upstreams_handshake_closes_its_connection(start):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server, _ = start(upstream="https://127.0.0.1:%d" % listener.getsockname()[1])
+        client = Client(server)
+        upstream, _ = listener.accept()
+        upstream.settimeout(DEADLINE / 2)  # well below the time limit of the handshake
+        assert upstream.recv(1)
+        client.leave()
+        with upstream, contextlib.suppress(ConnectionResetError):
+            assert not b"".join(iter(lambda: upstream.recv(65536), b""))[65536:]
+
+
+def test_upstream_under_tls_is_spoken_to_if_its_certificate_is_good(start, certificate, monkeypatch):
+    class TlsDemo(DemoOllama):
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    TlsDemo.tls.load_cert_chain(*certificate)
+    url = TlsDemo(pace=0).url
+    server, _ = start(upstream=url)
+    assert "CERTIFICATE_VERIFY_FAILED" in assert_failed(chat(server), 502, "upstream_unreachable")["message"]
+    monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
+    server, _ = start(upstream=url)
+    assert chat(server, model="demo-text").text() == chat(server, False, model="demo-text").text() != ""
+
+
+def test_second_signal_still_says_an_error_to_what_is_left(start):
+    server, _ = start(SAID, HOLD)
+    client = Client(server)
+    client.read_until(b"some")
+    assert not server.drain(lambda: True) and not server.watchdog
+    assert b'"code":"proxy_stopped"' in client.read_until(b"\r\n0\r\n\r\n")
+    client.leave()
+
+
+@pytest.mark.parametrize("garbage", [b"zzz\r\n", b"-5\r\nabc\r\n", b"2_0\r\n"])
+def test_garbage_behind_a_good_chunk_is_told_at_once(start, garbage):
+    server, _ = start(SAID + garbage, HOLD)
+    answer = chat(server)
+    assert answer.deltas() == "some" and assert_failed(answer, code="upstream_protocol")
 
 
 # ---- Shape -------------------------------------------------------------------------------------

@@ -95,8 +95,7 @@ MAX_MODEL_NAME = 600  # Ollama takes no longer ones; each frame has it, heartbea
 MAX_NAME = 100  # characters of a model's or a field's name in the log and the metrics
 MAX_EXTRA = 64  # connections beyond --max-connections that are told so; more are just closed
 CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
-CLIENT_SECONDS = 60.0  # a client may idle, and then send a head, for so long in total; and may
-# read nothing of its answer for so long
+CLIENT_SECONDS = 60.0  # for a client to idle and send a head, in total; or to read a byte
 BODY_SECONDS = 300.0  # for all of a body: 32 MiB at 1 Mbit/s
 LINGER_SECONDS = 1.0  # wait this long for a client to read a refusal before the socket goes
 TICK_SECONDS = 0.25  # between two looks at all clients: who hangs up frees the model in a second
@@ -244,8 +243,9 @@ def finite_number(text: str) -> float:
     return int(text) if text.lstrip("-").isdigit() else value
 
 
-PLAIN_JSON = json.JSONDecoder(parse_constant=finite_number, parse_float=finite_number,
-                              parse_int=finite_number)
+strict_decoder = functools.partial(json.JSONDecoder, parse_constant=finite_number,
+                                   parse_float=finite_number, parse_int=finite_number)
+PLAIN_JSON = strict_decoder()
 
 
 def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
@@ -333,10 +333,13 @@ UNICODE_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"
 
 
 def to_json(value: Any) -> str:
-    """Compact JSON on one line, whatever the reader takes for a line end.
+    r"""Compact JSON on one line, whatever the reader takes for a line end.
 
-    >>> print(to_json({"text": "two\\nlines"}))
-    {"text":"two\\nlines"}
+    >>> print("two\nlines")
+    two
+    lines
+    >>> print(to_json({"text": "two\nlines"}))
+    {"text":"two\nlines"}
     """
     text = JSON_ENCODER.encode(value)
     if not text.isascii():
@@ -369,8 +372,8 @@ def sse_comment(data: bytes) -> bytes:
     return b"".join(b": %b\n" % line for line in data.splitlines()) + b"\n"
 
 
-# Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. Without it the client
-# could not tell a whole stream from one whose connection was cut between two frames.
+# Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. HTTP has an end, too, but
+# many a library and proxy hides whether it was there; so it is said again, in the data.
 SSE_DONE = sse_event(b"[DONE]")
 
 
@@ -929,7 +932,7 @@ class ChatStream:
         if text.strip():
             delta, whole = self._forced_call(text)
             deltas.append(delta)
-        # Old Ollamas give no reason; load and unload answer a chat without messages.
+        # No reason (from old Ollamas), load and unload (for no messages) are all a "stop".
         if record.get("done_reason") == "length" or not whole:
             return "length"
         return "tool_calls" if self._call_ids else "stop"
@@ -1035,9 +1038,11 @@ def fold_choices(choices: Iterable[Json]) -> list[Json]:
         choice = {{"delta": "message"}.get(name, name): choice[name] for name in choice}
         add_up(folded.setdefault(choice["index"], {}), choice)
     for choice in folded.values():
-        for call in choice.get("message", {}).get("tool_calls", ()):
+        message = choice.get("message", {})
+        for call in message.get("tool_calls", ()):
             del call["index"]  # the order in the array says it
-            choice["message"]["content"] = choice["message"]["content"] or None
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
     return list(folded.values())
 
 
@@ -1057,8 +1062,8 @@ def chunk_framer(envelope: Json) -> Callable[[Json], bytes]:
     return lambda choice: b"%b%b]}\n\n" % (head, to_bytes(choice))
 
 
-# The three together. A whole answer needs three ends: HTTP says that the body is complete (which
-# `pieces` checks, in section 9), no half line is left, and a record has said done.
+# The three together. The record that says done makes an answer whole; what comes after it is not
+# read. If the body ends before it, that is a cut, however clean HTTP's own end was.
 
 
 def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
@@ -1190,7 +1195,7 @@ def load_hooks(path: str) -> dict[str, Callable[..., Any]]:
     return hooks
 
 
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
 METRICS = {  # name after ndjson_sse_proxy_: type, help
     "requests_total": ("counter", "Requests, by route and status."),
     "active_requests": ("gauge", "Requests under way."),
@@ -1226,8 +1231,8 @@ class Metrics:
         """Put a time into a histogram, whose buckets each count what is not above them."""
         with self._lock:
             values = self._values[name]
-            for limit in (*SECONDS, float("inf")):
-                label = f'_bucket{{le="{"+Inf" if limit > SECONDS[-1] else limit}"}}'
+            for limit in (*BUCKETS, float("inf")):
+                label = f'_bucket{{le="{"+Inf" if limit > BUCKETS[-1] else limit}"}}'
                 values[label] = values.get(label, 0) + (seconds <= limit)
             values["_sum"] = values.get("_sum", 0) + seconds
             values["_count"] = values.get("_count", 0) + 1
@@ -1306,7 +1311,10 @@ def ascii_json(value: Any) -> str:
 
 
 def has_hung_up(client: socket.socket) -> bool:
-    """Has the client closed its side, by FIN or RST? Does not wait, and reads nothing."""
+    """Has the client closed its side, by FIN or RST? Does not wait, and reads nothing.
+
+    One that has closed only its sending side looks the same, and counts as gone.
+    """
     try:
         if hasattr(select, "POLLRDHUP"):  # tells it under TLS, and behind bytes not read yet, too
             poll = select.poll()
@@ -1336,7 +1344,7 @@ class Watch:
                  idle_timeout: float = float("inf")) -> None:
         self.client = client
         self.beat: Callable[[], None] | None = None  # called at each look, for heartbeats
-        self.silent_since = float("inf")  # time.monotonic(), while the thread waits for Ollama
+        self.silent_since: float | None = None  # time.monotonic(), while it waits for Ollama
         self._idle_timeout = idle_timeout
         self._reason: Exception | None = None
         self._upstream: socket.socket | None = None
@@ -1353,7 +1361,7 @@ class Watch:
         with self._lock, contextlib.suppress(OSError):  # closed by its own thread just now
             self._reason = self._reason or reason
             if self._upstream:
-                # SSLSocket's own shutdown() would have the other thread read what is encrypted.
+                # SSLSocket's own shutdown() drops the TLS layer: the thread would read ciphertext.
                 socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
 
     def check(self) -> None:
@@ -1363,12 +1371,12 @@ class Watch:
 
     def look(self) -> None:
         """What the watchdog does."""
-        silent = time.monotonic() - self.silent_since
-        if silent < 0:  # the thread is at work; if the client is gone, it will see it itself
+        silent_since = self.silent_since  # which the request's thread may change meanwhile
+        if silent_since is None:  # it is at work; if the client is gone, it will see that itself
             return
         if self.client and has_hung_up(self.client):
             self.end(ConnectionAbortedError("the client hung up"))
-        elif silent > self._idle_timeout:
+        elif time.monotonic() - silent_since > self._idle_timeout:
             self.end(ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
                                 "(--idle-timeout)", code="upstream_timeout"))
         elif self.beat:
@@ -1389,7 +1397,7 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         while not self._over.wait(self.tick):
-            for watch in self._watches.copy():
+            for watch in self._watches.copy():  # one step to the interpreter; the set may change
                 try:
                     watch.look()
                 except Exception:  # noqa: BLE001  the thread's boundary: the others are looked at
@@ -1474,14 +1482,14 @@ class Upstream:
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
                 "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
                 code="upstream_unreachable") from error
-        # The watchdog's time limit costs nothing; the socket's own, a poll() before each recv().
+        # No time limit of its own: that costs a poll() for each recv(), and the watchdog has one.
         sock.settimeout(None)
         return connection
 
     @contextlib.contextmanager
     def reading(self, watch: Watch) -> Iterator[None]:
-        """What http.client and sockets raise in here comes out as a ProxyError; but first of all
-        as what the watch was ended with, as it was the watchdog then that cut the connection."""
+        """What http.client and sockets raise in here comes out as a ProxyError; or, if it was the
+        watchdog that cut the connection, as the reason for that."""
         try:
             yield
         except OSError as error:
@@ -1492,7 +1500,7 @@ class Upstream:
             watch.check()
             raise broken_upstream(f"{type(error).__name__} {error}") from error
         finally:
-            watch.silent_since = float("inf")
+            watch.silent_since = None
         watch.check()
 
     def json(self, watch: Watch, method: str, path: str, body: Json | None = None) -> Json:
@@ -1556,6 +1564,7 @@ class UpstreamAnswer:
         self._upstream, self._watch = upstream, watch
         self._connection, self._response = connection, response
         self.status = response.status
+        # "chunked" and "0" here stand for a header that is not there: both are fine.
         encoding = response.getheader("Transfer-Encoding", "chunked")
         length = response.getheader("Content-Length", "0")
         if (self.status < 200 or encoding.lower() != "chunked"
@@ -1581,9 +1590,10 @@ class UpstreamAnswer:
         with self._upstream.reading(self._watch):
             while left != 0 and not (chunks and chunks.ended):
                 self._watch.silent_since = time.monotonic()
-                # peek() waits in the reader's own buffer; read1(n) would take n bytes for that.
+                # peek() waits for the next bytes, in the reader's own buffer, and read1() takes all
+                # of them. (read1(n) alone would set n bytes aside for as long as it waits.)
                 data = self._response.fp.read1(len(self._response.fp.peek()[:left]))
-                self._watch.silent_since = float("inf")
+                self._watch.silent_since = None
                 if not data and (chunks or left):
                     self._watch.check()
                     raise cut_upstream("it ended before " + (
@@ -1622,6 +1632,84 @@ class UpstreamAnswer:
 
 
 # ---- 10. Downstream: the HTTP server that clients talk to --------------------------------------
+# First the stream of events, which two threads write to; then the reading of requests; then the
+# handler: verbs, who may come in, routes, shape and observe, helpers; then the routes and servers.
+
+
+class EventStream:
+    """An answer in SSE. Frames gather here, and leave in one write before the proxy waits.
+
+    The status waits for the first frame (or heartbeat), so that a failure before it has a status
+    of its own; after it, a failure is a frame.
+    The lock is free only while the request's thread waits for Ollama: so a heartbeat, which comes
+    from the watchdog's thread, falls between two pieces of the answer and never into one.
+    """
+
+    def __init__(self, handler: ProxyHandler, ignored: list[str] | tuple[()] = ()) -> None:
+        self._handler, self._ignored = handler, ignored
+        self._gathered: list[bytes] = []
+        self._begun = False  # is there a frame, not comments alone?
+        self._lock = threading.Lock()
+        self._lock.acquire()
+        self._sent_at = time.monotonic()
+        self.heartbeat: Callable[[], list[bytes]] = lambda: [sse_comment(b"heartbeat")]
+
+    def comment(self, data: bytes) -> None:
+        """Something for people who watch; it leaves with the next frame."""
+        self._gathered.append(sse_comment(data))
+
+    def add(self, frame: bytes) -> None:
+        """A frame; it leaves at the latest when there is nothing else to do."""
+        self._gathered.append(frame)
+        self._begun = True
+
+    def wait_for(self, step: Callable[[], Any]) -> Any:
+        """Do what may take long, with all frames sent; heartbeats may come meanwhile."""
+        self.flush()
+        self._lock.release()
+        try:
+            return step()
+        finally:
+            self._lock.acquire()
+
+    def pieces(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
+        """The same pieces, until there are no more, each waited for as above."""
+        return iter(functools.partial(self.wait_for, functools.partial(next, pieces, b"")), b"")
+
+    def flush(self) -> None:
+        """Send what has gathered. Raises OSError if the client is gone."""
+        if not self._begun or not self._gathered:
+            return
+        if not self._handler.head_sent:
+            self._handler.start(200, "text/event-stream; charset=utf-8", headers=[
+                ("Cache-Control", "no-cache"),
+                ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
+                *ignored_header(self._ignored)])
+        self._handler.write(b"".join(self._gathered))
+        self._gathered.clear()
+        self._sent_at = time.monotonic()
+
+    def beat(self) -> None:
+        """A heartbeat, if the last frame was long ago. Does not wait for the client: what is sent
+        is small, and a socket that takes a byte takes so many."""
+        seconds, connection = self._handler.server.config.heartbeat, self._handler.connection
+        if (not seconds or time.monotonic() - self._sent_at < seconds
+                or not self._lock.acquire(blocking=False)):
+            return
+        large: list[bytes] = []
+        try:
+            if is_ready(connection, selectors.EVENT_WRITE):
+                if sum(map(len, self._gathered)) > SMALL_BYTES:  # a long request's trace: later
+                    large, self._gathered = self._gathered, []
+                for frame in self.heartbeat():
+                    self.add(frame)
+                self.flush()
+        except OSError:  # the client is gone, or has read half a frame: nothing may follow
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        finally:
+            self._gathered += large
+            self._lock.release()
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> Json:
@@ -1631,53 +1719,54 @@ def unique_members(pairs: list[tuple[str, Any]]) -> Json:
     return dict(pairs)
 
 
-CLIENT_JSON = json.JSONDecoder(object_pairs_hook=unique_members, parse_constant=finite_number,
-                               parse_float=finite_number, parse_int=finite_number)
+CLIENT_JSON = strict_decoder(object_pairs_hook=unique_members)
 
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(TOKEN + rb"{1,40} /[!-~]* HTTP/(\d{1,3}\.\d{1,3})\r\n")
+REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/\d{1,3}\.\d{1,3})\r\n")
 HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
-ONCE_ONLY = (b"host", b"content-length", b"transfer-encoding", b"content-type", b"authorization",
-             b"x-api-key", b"origin")
+ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "authorization",
+             "x-api-key", "origin")
 
 
-def read_head(first: bytes, readline: Callable[[int], bytes]) -> bytes:
-    """The headers that follow the request line `first`, up to and with the blank line.
+def read_head(first: bytes, readline: Callable[[int], bytes]
+              ) -> tuple[str, str, str, http.client.HTTPMessage]:
+    """The method, path, version and headers of a request whose first line is there.
 
     http.server takes two lengths, a length of +2, folded lines, a bare CR and more; a proxy in
     front of this one may read the same bytes otherwise, and what is one request there would be two
     here (request smuggling). So whatever is not plainly right is refused. Raises ProxyError.
     """
-    line = REQUEST_LINE.fullmatch(first)
-    if not line:
+    request = REQUEST_LINE.fullmatch(first)
+    if not request:
         raise ProxyError(400, "the request line is not METHOD /path HTTP/1.1")
-    if line[1] not in (b"1.0", b"1.1"):
+    method, path, version = (part.decode() for part in request.groups())
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise ProxyError(505, "the version of HTTP must be 1.0 or 1.1")
-    lines: list[bytes] = []
-    headers: dict[bytes, bytes] = {}
-    size = 0
-    while not lines or lines[-1] != b"\r\n":
-        lines.append(readline(MAX_HEAD_BYTES))
-        size += len(lines[-1])
-        if size >= MAX_HEAD_BYTES or len(lines) > MAX_HEADERS + 1:
+    headers = http.client.HTTPMessage()
+    left = MAX_HEAD_BYTES
+    while True:
+        line = readline(left)
+        left -= len(line)
+        if left <= 0 or len(headers) > MAX_HEADERS:
             raise ProxyError(431, "too many headers, or too long ones")
-        header = HEADER_LINE.fullmatch(lines[-1])
-        if not header and lines[-1] != b"\r\n":
-            raise ProxyError(400, f"no header line: {show(lines[-1])}")
-        if header:
-            name = header[1].lower()
-            if name in headers and name in ONCE_ONLY:
-                raise ProxyError(400, f"the header {name.decode()} is there twice")
-            headers[name] = header[2].strip()
-    if not re.fullmatch(b"[0-9]{1,18}", headers.get(b"content-length", b"0")):
+        if line == b"\r\n":
+            break
+        header = HEADER_LINE.fullmatch(line)
+        if not header:
+            raise ProxyError(400, f"no header line: {show(line)}")
+        name = header[1].decode()
+        if name in headers and name.lower() in ONCE_ONLY:
+            raise ProxyError(400, f"the header {name} is there twice")
+        headers[name] = header[2].strip().decode("latin-1")
+    if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
         raise ProxyError(400, "the Content-Length is no number")
-    if b"transfer-encoding" in headers:
-        raise ProxyError(400 if b"content-length" in headers else 411,
+    if "Transfer-Encoding" in headers:
+        raise ProxyError(400 if "Content-Length" in headers else 411,
                          "chunked bodies are not read; send a Content-Length instead")
-    if line[1] == b"1.1" and b"host" not in headers:
+    if version == "HTTP/1.1" and "Host" not in headers:
         raise ProxyError(400, "the Host header is missing")
-    return b"".join(lines)
+    return method, path, version, headers
 
 
 class ClientIO(io.RawIOBase):
@@ -1722,6 +1811,7 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keep-alive and chunked bodies; the default is 1.0
     disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
     request_version = "HTTP/1.0"  # until a request has said its own
+    requestline = ""  # for the base class's log, which says nothing here
     timeout = CLIENT_SECONDS  # the default waits for ever
     body_timeout = BODY_SECONDS
     max_body = MAX_BODY_BYTES
@@ -1744,32 +1834,21 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         super().handle_one_request()
 
     def parse_request(self) -> bool:
-        """Read the head strictly, then let the base class parse the same bytes."""
+        """Instead of the base class's: read the head strictly. (The base class hands it to the
+        parser for mail, which is slow, or fails in strange ways, on an odd Content-Type.)"""
         self.started = time.monotonic()  # not before: the client may have idled
         try:
-            head = read_head(self.raw_requestline, self.rfile.readline)
+            self.command, self.path, self.request_version, self.headers = read_head(
+                self.raw_requestline, self.rfile.readline)
         except ProxyError as error:
             self.refuse(error)
             return False
         except socket.timeout:
             self.refuse(ProxyError(408, f"the head did not come within {self.timeout:g} s"))
             return False
-        # The base class hands the head to the parser for mail, which takes a Content-Type apart, in
-        # quadratic time or with strange exceptions if that is odd. Nothing here needs it apart.
-        content_type = re.search(rb"(?:^|\n)(content-type:(.*)\r\n)", head, re.IGNORECASE)
-        if content_type:
-            head = head.replace(content_type[1], b"")
-        stream, self.rfile = self.rfile, io.BytesIO(head)
-        try:
-            parsed = super().parse_request()
-        finally:
-            self.rfile = stream
-        if parsed and content_type:
-            self.headers["Content-Type"] = content_type[2].strip().decode("latin-1")
-        return parsed
-
-    def handle_expect_100(self) -> bool:
-        """Not yet: the client keeps its body until read_body() asks for it."""
+        wish = self.headers.get("Connection", "").lower()
+        self.close_connection = "close" in wish or (
+            self.request_version == "HTTP/1.0" and "keep-alive" not in wish)
         return True
 
     def refuse(self, error: ProxyError) -> None:
@@ -1844,86 +1923,6 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         if len(body) < length:
             raise ConnectionAbortedError("the client went away within its request")
         return body
-
-
-class EventStream:
-    """An answer in SSE. Frames gather here, and leave in one write before the proxy waits.
-
-    The status waits for the first frame, so that a failure before it has a status of its own.
-    The lock is free only while the request's thread waits for Ollama: so a heartbeat, which comes
-    from the watchdog's thread, falls between two pieces of the answer and never into one.
-    """
-
-    def __init__(self, handler: ProxyHandler, ignored: list[str] | tuple[()] = ()) -> None:
-        self._handler, self._ignored = handler, ignored
-        self._gathered: list[bytes] = []
-        self._begun = False  # is there a frame, not comments alone?
-        self._lock = threading.Lock()
-        self._lock.acquire()
-        self._sent_at = time.monotonic()
-        self.idle: Callable[[], list[bytes]] = lambda: [sse_comment(b"heartbeat")]  # frames for it
-
-    def comment(self, data: bytes) -> None:
-        """Something for people who watch; it leaves with the next frame."""
-        self._gathered.append(sse_comment(data))
-
-    def add(self, frame: bytes) -> None:
-        """A frame; it leaves at the latest when there is nothing else to do."""
-        self._gathered.append(frame)
-        self._begun = True
-
-    def wait_for(self, step: Callable[[], Any]) -> Any:
-        """Do what may take long, with all frames sent; heartbeats may come meanwhile."""
-        self.flush()
-        self._lock.release()
-        try:
-            return step()
-        finally:
-            self._lock.acquire()
-
-    def pieces(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The same pieces, waited for as above."""
-        step = functools.partial(next, pieces, b"")
-        while True:
-            piece = self.wait_for(step)
-            if not piece:
-                return
-            yield piece
-
-    def flush(self) -> None:
-        """Send what has gathered. Raises OSError if the client is gone."""
-        if not self._begun or not self._gathered:
-            return
-        if not self._handler.head_sent:
-            self._handler.start(200, "text/event-stream; charset=utf-8", headers=[
-                ("Cache-Control", "no-cache"),
-                ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
-                *ignored_header(self._ignored)])
-        self._handler.write(b"".join(self._gathered))
-        self._gathered.clear()
-        self._sent_at = time.monotonic()
-
-    def beat(self) -> None:
-        """A heartbeat, if the last frame was long ago. Does not wait for the client: what is sent
-        is small, and a socket that takes a byte takes so many."""
-        seconds, connection = self._handler.server.config.heartbeat, self._handler.connection
-        if (not seconds or time.monotonic() - self._sent_at < seconds
-                or not self._lock.acquire(blocking=False)):
-            return
-        large: list[bytes] = []
-        try:
-            if is_ready(connection, selectors.EVENT_WRITE):
-                if sum(map(len, self._gathered)) > SMALL_BYTES:  # a long request's trace: later
-                    large, self._gathered = self._gathered, []
-                for frame in self.idle():
-                    self.add(frame)
-                self.flush()
-        except OSError:  # the client is gone, or has read half a frame: nothing may follow
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
-        finally:
-            self._gathered += large
-            self._lock.release()
 
 
 # The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
@@ -2006,7 +2005,6 @@ class ProxyHandler(JsonHandler):
 
     def admit(self) -> Callable[[ProxyHandler], None]:
         """The method for this request, if its Host, its Origin and its key are right."""
-        self.path = self.requestline.split(" ")[1]  # the base class changes a // at its start
         self.record["method"] = self.command
         path, _, query = self.path.partition("?")
         self.record["route"], self.rest = match_route(path)
@@ -2163,7 +2161,7 @@ class ProxyHandler(JsonHandler):
         events = self.start_events(request.ignored)
         frame = chunk_framer(streams[0].envelope)
         # The stream that is under way says what to send while Ollama is silent.
-        events.idle = lambda: list(map(frame, next(
+        events.heartbeat = lambda: list(map(frame, next(
             (s for s in streams if s.state != DONE), streams[-1]).heartbeat()))
         with contextlib.closing(self.choices(request, streams)) as choices:
             for choice in choices:
@@ -2239,14 +2237,14 @@ class ProxyHandler(JsonHandler):
         with contextlib.closing(self.request_upstream(
                 self.command, self.target, body, headers)) as answer:
             if self.events and answer.status == 200:
-                for frame in raw_frames(self.watched(answer), self.needs_done()):
+                for frame in raw_frames(self.counted(answer), self.needs_done()):
                     self.events.add(frame)
                 return self.finish_events()
             if self.head_sent:  # by a heartbeat
                 answer.raise_for_status()
             self.events = None
             self.start(answer.status, answer.content_type, answer.length, answer.headers)
-            for piece in self.watched(answer):
+            for piece in self.counted(answer):
                 self.write(piece)
             self.finish_body()
 
@@ -2254,7 +2252,7 @@ class ProxyHandler(JsonHandler):
         """Must an answer of this route of Ollama's have a record that says done?"""
         return self.record["route"] in ("/api/chat", "/api/generate")
 
-    def watched(self, answer: UpstreamAnswer) -> Iterator[bytes]:
+    def counted(self, answer: UpstreamAnswer) -> Iterator[bytes]:
         """The pieces of an answer that is passed through; the counts at its end are noted."""
         if answer.status != 200:
             yield from answer.pieces()

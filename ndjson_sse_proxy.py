@@ -1120,7 +1120,8 @@ def parse_key(line: str) -> tuple[str, str]:
     """
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
-        raise ValueError("a key must be [NAME:]KEY, the key of 8 to 200 visible ASCII characters")
+        raise ValueError("a key must be [NAME:]KEY, the key of 8 to 200 visible ASCII characters; "
+                         "no blanks, and comments on lines of their own")
     return name, key
 
 
@@ -1171,7 +1172,7 @@ class Keys:
         try:
             with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
                 for number, line in enumerate(file, 1):
-                    if line.strip() and line[0] != "#":
+                    if line.strip() and not line.lstrip().startswith("#"):
                         keys.append(parse_key(line))
         except ValueError as error:
             raise ValueError(f"{self._path}, line {number}: {error}") from None
@@ -2353,7 +2354,7 @@ class ProxyHandler(JsonHandler):
 
     def elapsed(self) -> float:
         """Seconds since the request began."""
-        return round(time.monotonic() - self.started, 6)
+        return round(time.monotonic() - self.started, 4)
 
     def observe(self) -> None:
         """The request has ended: a line in the log, numbers in the metrics, a call of the hook."""
@@ -2833,6 +2834,8 @@ const base = new URL("v1", location).href, key = () => $("key").value || "none";
 const question = () => ({model: $("model").value, stream: true,
   messages: [{role: "user", content: $("prompt").value}]});
 const say = (text, error = "") => [$("status").textContent, $("error").textContent] = [text, error];
+const follow = () => document.querySelector("ol:hover, ol:focus-within")  // is somebody reading?
+  || document.querySelectorAll("ol").forEach((list) => list.scrollTop = list.scrollHeight);
 const seconds = () => (performance.now() - run.start) / 1000;
 let run;  // the stream under way, or the last one
 async function ask(path, options) {  // throws what the proxy said, if it said no
@@ -2858,15 +2861,13 @@ async function send() {
     for (let rest = "", read; !(read = await reader.read()).done;) {
       const blocks = (rest + decoder.decode(read.value, {stream: true})).split("\n\n");
       rest = blocks.pop();
-      blocks.forEach(receive);
-      if (!document.querySelector("ol:hover, ol:focus-within"))  // nobody is reading there
-        for (const list of document.querySelectorAll("ol")) list.scrollTop = list.scrollHeight;
+      blocks.forEach(receive), follow();
     }
     if (!run.whole) throw Error("The stream ended without [DONE]: this may not be all of it.");
     const {first = seconds(), completion_tokens: n, reason} = run, rate = n / (seconds() - first);
     say(`Done (${reason}): first token ${first.toFixed(3)} s, ${n} at ${rate.toFixed(1)} tokens/s`);
   } catch ({name, message}) {
-    if (run === own) say(...name === "AbortError" ? ["Stopped"] : ["Failed", message]);
+    if (run === own) say(...name === "AbortError" ? ["Stopped"] : ["Failed", message]), follow();
   }
 }
 // A block is a frame ("data: ...") or, with ?trace=1, a comment (": ..."), which SDKs skip: the
@@ -3082,9 +3083,14 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         parser.add_argument("--" + name.replace("_", "-"), **kind,
                             help=text + "; repeatable" * (default == ()))
     values: Json = {}
-    for name, given in vars(parser.parse_args(argv)).items():
+    arguments = vars(parser.parse_args(argv))
+    prefix = "NDJSON_SSE_PROXY_"
+    for variable in environ:
+        if variable.startswith(prefix) and variable[len(prefix):].lower() not in FLAGS:
+            parser.error(f"the environment's {variable} is none of the settings")
+    for name, given in arguments.items():
         flag, default, reader = name.replace("_", "-"), Config._field_defaults[name], FLAGS[name][0]
-        twin = environ.get("NDJSON_SSE_PROXY_" + name.upper(), "")
+        twin = environ.get(prefix + name.upper(), "")
         if name == "upstream":
             twin = twin or environ.get("OLLAMA_HOST", "")
         try:
@@ -3093,7 +3099,8 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
             elif given or twin:
                 values[name] = reader(given or twin)
         except ValueError as error:
-            parser.error(f"--{flag}: {error}" if given else f"the environment's {flag}: {error}")
+            where = f"--{flag}" if given else f"the environment's {prefix}{name.upper()}"
+            parser.error(f"{where}: {error}")
     return Config(**values)
 
 
@@ -3153,15 +3160,18 @@ def serve(server: ProxyServer) -> int:
         signal.signal(number, lambda number, frame: signals.append(number))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     config = server.config
-    say(f"ndjson_sse_proxy {__version__} listens on {server.url} (base_url: {server.url}/v1)")
-    say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; keys: "
-        f"{len(server.keys)}, hooks: {', '.join(server.hooks) or 'none'}")
+    say(f"ndjson_sse_proxy {__version__} listens on {server.url} (a page for browsers; base_url: "
+        f"{server.url}/v1)")
+    callers = ("whom the hook lets in" if "authenticate" in server.hooks else
+               f"who has a key (of {len(server.keys)})" if server.keys else "anyone")
+    say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; who may call: "
+        f"{callers}; hooks: {', '.join(server.hooks) or 'none'}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
     while not signals:
         time.sleep(0.1)
     if server.watchdog:
-        say(f"stopping: {len(server.watchdog)} requests have {config.drain_timeout:g} s to end; "
-            "again to end them now")
+        say(f"stopping in {config.drain_timeout:g} s or when all requests have ended (now "
+            f"{len(server.watchdog)}); at once on another signal")
     whole = server.drain(lambda: len(signals) > 1)
     say("stopped" if whole else "stopped; answers were cut")
     return 0 if whole else 1

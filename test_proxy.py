@@ -2999,7 +2999,7 @@ def shape(route, body, caller):
 
 def test_key_file_may_have_windows_line_ends_and_mark_and_names_the_line_of_a_mistake(start, tmp_path):
     path = tmp_path / "keys"
-    path.write_bytes(b"\xef\xbb\xbfalice:sk-alice-0123\r\n\r\n")
+    path.write_bytes(b"\xef\xbb\xbf    # who is who\r\n    alice:sk-alice-0123\r\n\r\n")
     server, _ = start(RECORDED["tags"], api_key_file=str(path))
     assert call(server, "GET", "/v1/models", headers=bearer("sk-alice-0123")).status == 200
     path.write_text("sk-bob-01234567\nalice: sk-alice-0123\n")
@@ -3276,8 +3276,9 @@ def test_program_warns_when_ollama_does_not_answer():
     ([], {"NDJSON_SSE_PROXY_OPTION": "num_ctx=1 top_k=x"}, "top_k is of type integer"),
     (["--upstream", "http://127.0.0.1:1/é"], {}, "--upstream"),
     (["--demo", "--listen", "127.0.0.1:0"], {"OLLAMA_API_KEY": "a\nb"}, "OLLAMA_API_KEY"),
-    ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "the environment's idle-timeout"),
-    ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "the environment's demo"),
+    ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "the environment's NDJSON_SSE_PROXY_IDLE_TIMEOUT"),
+    ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "the environment's NDJSON_SSE_PROXY_DEMO"),
+    ([], {"NDJSON_SSE_PROXY_LISTNE": "127.0.0.1:0"}, "NDJSON_SSE_PROXY_LISTNE is none of the settings"),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(arguments, environ, text):
     with running(*arguments, **environ) as process:

@@ -1,4 +1,4 @@
-// The page at /, in a real browser: node check_page.mjs URL_OF_A_DEMO_PROXY [FOLDER_FOR_SCREENSHOTS]
+// The page at /, in a real browser, against --demo (argument 1); screenshots go to the folder $SHOTS, if given.
 // Needs playwright-core; Chromium at $CHROMIUM or /usr/bin/chromium. The copied Python is run by $PYTHON
 // (or python3) where it has the openai package, the copied JavaScript where node finds openai.
 import assert from "node:assert/strict";
@@ -7,7 +7,7 @@ import { createServer } from "node:http";
 import { mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { chromium } from "playwright-core";
 
-const [base, shots] = [process.argv[2].replace(/\/$/, ""), process.argv[3]];
+const [base, shots] = [process.argv[2].replace(/\/$/, ""), process.env.SHOTS];
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM || "/usr/bin/chromium",
   args: ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",

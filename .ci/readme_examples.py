@@ -16,7 +16,7 @@ MODULES = {"openai": "openai", "langchain-openai": "langchain_openai", "litellm"
 
 tried = []
 for kind, source in re.findall(r"^```(python|javascript)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
-    package = re.match(r"(?:#|//) (?:pip|npm) install (\S+)", source)
+    package = re.match(r"(?:#|//) (?:pip|npm) install ([\w@/.-]+)", source)
     if not package or (kind == "javascript") != bool(folder):
         continue
     if kind == "python" and not importlib.util.find_spec(MODULES[package[1]]):

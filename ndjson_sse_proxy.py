@@ -2018,9 +2018,10 @@ class ProxyHandler(JsonHandler):
         if path not in ("/", "/healthz"):
             self.record["caller"] = self.authenticate()
         if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
-            why = "is shutting down" if self.server.draining else "has no connection to spare"
-            raise ProxyError(503, f"the proxy {why}; try again", code="proxy_busy",
-                             headers=[("Retry-After", "1")])
+            raise ProxyError(
+                503, "the proxy is shutting down" if self.server.draining else
+                "the proxy has no connection to spare", code="proxy_busy",
+                headers=[("Retry-After", "1")])
         if self.server.via in self.headers.get("Via", ""):
             raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
                              "place with --upstream URL", code="upstream_loop")

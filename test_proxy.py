@@ -3359,6 +3359,23 @@ def test_readme_lists_every_route():
     for path in proxy_module.ROUTES:
         assert path.replace("/*", "").rpartition("/")[2] in section, path
 
+NOT_OURS = {"Address already in use", "Cannot assign requested address", "No such file", "Permission denied",
+            "unknown ca", "http request", "Empty reply from server", "server busy", "insert", "thinking",
+            "an error was encountered while running the model"}
+
+
+def test_readme_quotes_messages_as_the_program_says_them():
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| **At the start**"):readme.index("| **Odd, without a message**")]
+    source = re.sub(r'"\s+f?"', "", PROGRAM.read_text(encoding="utf-8"))
+    quoted = [text for row in table.splitlines() for text in re.findall("`(.+?)`", row.split(" | ")[0])]
+    assert len(quoted) > 30
+    for text in quoted:
+        if not any(foreign in text for foreign in NOT_OURS):
+            for part in re.split(r"warning:|\.\.\.|'x'|\bX\b|0\.0\.0\.0|\d+ s\b|/\S+|: No such|POST", text):
+                assert part.strip() in source, (text, part)
+
+
 def readme_block(start):
     """An indented block of README, from its first line."""
     readme = (HERE / "README.md").read_text(encoding="utf-8")

@@ -81,6 +81,8 @@ if TYPE_CHECKING:  # names for annotations, which are read and checked but never
 __version__ = "0.1.0"
 
 # ---- 1. Limits and settings: each number with its reason; one frozen object, handed down -------
+# Every buffer has a cap and every wait has an end: else one client, or one broken upstream, could
+# take all of the memory or all of the threads.
 
 READ_BYTES = 16 * 1024  # in one read of what is thrown away
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file; a line that never ends may not grow
@@ -1425,6 +1427,9 @@ class Watchdog(threading.Thread):
 
 
 # ---- 9. Upstream: the only section that touches http.client ------------------------------------
+# HTTP says in three ways where a body ends: by chunks, by a length, or by the end of the
+# connection. The last can't be told from a cut; so it is good that Ollama uses the first, and that
+# its last record says done.
 
 
 class Upstream:
@@ -1653,6 +1658,7 @@ class EventStream:
         self._lock = threading.Lock()
         self._lock.acquire()
         self._sent_at = time.monotonic()
+        # What a heartbeat is. On /api/* a comment: a frame there is a record of Ollama's.
         self.heartbeat: Callable[[], list[bytes]] = lambda: [sse_comment(b"heartbeat")]
 
     def comment(self, data: bytes) -> None:
@@ -2664,6 +2670,7 @@ def is_loopback(host: str) -> bool:
 
 
 # ---- 11. Demo: a scripted Ollama, spoken to over a real socket like any other ------------------
+# For a first look without an Ollama, and for the clients in CI: each model shows one thing.
 
 
 def words(text: str, key: str = "content") -> list[Json]:
@@ -2961,6 +2968,8 @@ PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks with nobo
 
 
 # ---- 13. Run: command line, signals ------------------------------------------------------------
+# FLAGS is the specification, from which flags, environment and --help are made. A signal only
+# leaves a note; the main thread finds it, stops accepting and lets running answers end.
 
 
 def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
@@ -3165,8 +3174,8 @@ def serve(server: ProxyServer) -> int:
         f"{server.url}/v1)")
     callers = ("whom the hook lets in" if "authenticate" in server.hooks else
                f"who has a key (of {len(server.keys)})" if server.keys else "anyone")
-    say(f"and sends to {'its own demo' if config.demo else config.upstream.geturl()}; who may call: "
-        f"{callers}; hooks: {', '.join(server.hooks) or 'none'}")
+    upstream = "its own demo" if config.demo else config.upstream.geturl()
+    say(f"and sends to {upstream}; who may call: {callers}; hooks: {', '.join(server.hooks) or 'none'}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
     while not signals:
         time.sleep(0.1)

@@ -3175,7 +3175,8 @@ def serve(server: ProxyServer) -> int:
     callers = ("whom the hook lets in" if "authenticate" in server.hooks else
                f"who has a key (of {len(server.keys)})" if server.keys else "anyone")
     upstream = "its own demo" if config.demo else config.upstream.geturl()
-    say(f"and sends to {upstream}; who may call: {callers}; hooks: {', '.join(server.hooks) or 'none'}")
+    hooks = ", ".join(server.hooks) or "none"
+    say(f"and sends to {upstream}; who may call: {callers}; hooks: {hooks}")
     threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
     while not signals:
         time.sleep(0.1)

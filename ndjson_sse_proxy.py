@@ -355,6 +355,13 @@ def to_bytes(value: Any) -> bytes:
     return to_json(value).encode("utf-8", "backslashreplace")
 
 
+def data_lines(data: bytes) -> list[bytes]:
+    """The lines of some data, in which none but real line ends are left."""
+    for char, escape in UNICODE_LINE_ENDS.items():
+        data = data.replace(char.encode(), escape.encode())
+    return data.splitlines()
+
+
 def sse_event(data: Any) -> bytes:
     r"""One frame: bytes as they are, anything else as JSON.
 
@@ -362,7 +369,7 @@ def sse_event(data: Any) -> bytes:
     (b'data: {"a":1}\n\n', b'data: two\ndata: lines\n\n')
     """
     data = data if isinstance(data, bytes) else to_bytes(data)
-    return b"".join(b"data: %b\n" % line for line in data.splitlines()) + b"\n"
+    return b"".join(b"data: %b\n" % line for line in data_lines(data)) + b"\n"
 
 
 def sse_comment(data: bytes) -> bytes:
@@ -371,7 +378,7 @@ def sse_comment(data: bytes) -> bytes:
     >>> sse_comment(b'{"a":1}')
     b': {"a":1}\n\n'
     """
-    return b"".join(b": %b\n" % line for line in data.splitlines()) + b"\n"
+    return b"".join(b": %b\n" % line for line in data_lines(data)) + b"\n"
 
 
 # Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. HTTP has an end, too, but
@@ -1452,19 +1459,20 @@ class Upstream:
         Each request has a connection of its own: closing it is how Ollama is told to stop.
         Raises ProxyError 502 if there is no Ollama, and what ends the watch: 504 after a silence.
         """
-        with contextlib.ExitStack() as stack, self.reading(watch):
-            connection = self._connect(watch)
-            stack.callback(connection.close)
-            watch.silent_since = time.monotonic()
-            # Whoever refuses a large body may do so, and hang up, before all of it is sent.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(method, self.url.path + path, body, {
-                    "Content-Type": "application/json", **(headers or {}), **self._headers})
-            response = connection.getresponse()
-            stack.callback(response.close)
-            answer = UpstreamAnswer(self, watch, connection, response)
+        with contextlib.ExitStack() as stack:  # closes all, unless nothing went wrong
+            with self.reading(watch):
+                connection = self._connect(watch)
+                stack.callback(connection.close)
+                watch.silent_since = time.monotonic()
+                # Whoever refuses a large body may do so, and hang up, before all of it is sent.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    connection.request(method, self.url.path + path, body, {
+                        "Content-Type": "application/json", **(headers or {}), **self._headers})
+                response = connection.getresponse()
+                stack.callback(response.close)
+                answer = UpstreamAnswer(self, watch, connection, response)
             stack.pop_all()
-            return answer
+        return answer
 
     def _connect(self, watch: Watch) -> http.client.HTTPConnection:
         """A connection that the watch can end, even within its TLS handshake."""
@@ -1481,6 +1489,9 @@ class Upstream:
             if isinstance(sock, ssl.SSLSocket):
                 watch.silent_since = time.monotonic()
                 sock.do_handshake()
+        except ProxyError:  # the watch was ended meanwhile
+            connection.close()
+            raise
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
             connection.close()
             watch.check()
@@ -1578,7 +1589,7 @@ class UpstreamAnswer:
             raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}, "
                                   f"Content-Length {length[:60]}")
         content_type = response.getheader("Content-Type", "application/octet-stream")
-        self.content_type = " ".join(content_type.split())  # a folded line stays one
+        self.content_type = re.sub("[^ -~]+", " ", content_type)  # a folded line, for one
         retry = response.getheader("Retry-After", "")
         self.headers = [("Retry-After", retry)] if retry.isalnum() else []
         # None: chunked, or as long as the connection lasts
@@ -1615,12 +1626,12 @@ class UpstreamAnswer:
 
     def read(self, limit: int) -> bytes:
         """The whole body, or as soon as there are `limit` bytes, those."""
-        body = b""
+        body = bytearray()
         for piece in self.pieces():
             body += piece
             if len(body) >= limit:
                 break
-        return body
+        return bytes(body)
 
     def raise_for_status(self) -> None:
         """Ollama's refusals as ours. They are {"error":"text"} under a status of 400 or more."""
@@ -1853,7 +1864,7 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
         except socket.timeout:
             self.refuse(ProxyError(408, f"the head did not come within {self.timeout:g} s"))
             return False
-        wish = self.headers.get("Connection", "").lower()
+        wish = ",".join(self.headers.get_all("Connection", [])).lower()
         self.close_connection = "close" in wish or (
             self.request_version == "HTTP/1.0" and "keep-alive" not in wish)
         return True
@@ -1919,7 +1930,8 @@ class JsonHandler(http.server.BaseHTTPRequestHandler):
             raise ProxyError(413, f"the body is larger than {self.max_body} bytes (--max-body)")
         if length and self.command in ("GET", "HEAD", "OPTIONS"):
             raise ProxyError(400, f"a {self.command} request has no body here")
-        if self.headers.get("Expect", "").lower() == "100-continue":
+        if (self.headers.get("Expect", "").lower() == "100-continue"
+                and self.request_version == "HTTP/1.1"):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.client.deadline = time.monotonic() + self.body_timeout
         try:
@@ -1975,6 +1987,7 @@ class ProxyHandler(JsonHandler):
         self.server.metrics.add("active_requests")
         with self.server.watchdog.watching(self.connection) as self.watch:
             self.run_route()
+            self.close_connection = self.close_connection or self.server.draining
             self.server.metrics.add("active_requests", -1)
             self.observe()
         self.linger()
@@ -2028,7 +2041,7 @@ class ProxyHandler(JsonHandler):
                 503, "the proxy is shutting down" if self.server.draining else
                 "the proxy has no connection to spare", code="proxy_busy",
                 headers=[("Retry-After", "1")])
-        if self.server.via in self.headers.get("Via", ""):
+        if self.server.via in ",".join(self.headers.get_all("Via", [])):
             raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
                              "place with --upstream URL", code="upstream_loop")
         return self.find_route(path)
@@ -2450,8 +2463,12 @@ class ProxyHandler(JsonHandler):
         return f"ndjson_sse_proxy/{__version__}"
 
     def end_headers(self) -> None:
-        """Every answer has an id to find it by in the log, and says whether a page may read it."""
+        """Every answer has an id to find it by in the log, and says whether a page may read it.
+        None but the page is one: what an upstream says is HTML shall not run as ours."""
         self.send_header("X-Request-Id", self.record["id"])
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if self.record["route"] != "/":
+            self.send_header("Content-Security-Policy", "default-src 'none'; sandbox")
         if self.origin:
             self.send_header("Access-Control-Allow-Origin", self.origin)
             self.send_header("Access-Control-Expose-Headers",
@@ -2581,6 +2598,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """The end of a connection, however it comes about."""
+        if isinstance(request, ssl.SSLSocket):  # TLS has a goodbye of its own
+            with contextlib.suppress(OSError, ValueError):  # it is not waited for
+                request.settimeout(0)
+                request.unwrap()
         super().shutdown_request(request)
         with self._lock:
             self.connections -= 1
@@ -2963,7 +2984,7 @@ PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks with nobo
         "default-src 'none'", "script-src " + hash_of("script"), "style-src " + hash_of("style"),
         "img-src data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'",
         "frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types 'none'"])),
-    ("X-Content-Type-Options", "nosniff"), ("Referrer-Policy", "no-referrer"),
+    ("Referrer-Policy", "no-referrer"),
     ("Cache-Control", "no-cache"), ("Vary", "Accept")]
 
 
@@ -3093,23 +3114,25 @@ def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
         parser.add_argument("--" + name.replace("_", "-"), **kind,
                             help=text + "; repeatable" * (default == ()))
     values: Json = {}
-    arguments = vars(parser.parse_args(argv))
-    prefix = "NDJSON_SSE_PROXY_"
+    arguments, prefix = vars(parser.parse_args(argv)), "NDJSON_SSE_PROXY_"
     for variable in environ:
-        if variable.startswith(prefix) and variable[len(prefix):].lower() not in FLAGS:
+        if variable.startswith(prefix) and variable[len(prefix):] not in map(str.upper, FLAGS):
             parser.error(f"the environment's {variable} is none of the settings")
     for name, given in arguments.items():
-        flag, default, reader = name.replace("_", "-"), Config._field_defaults[name], FLAGS[name][0]
-        twin = environ.get(prefix + name.upper(), "")
-        if name == "upstream":
-            twin = twin or environ.get("OLLAMA_HOST", "")
+        variable = prefix + name.upper()
+        default, reader = Config._field_defaults[name], FLAGS[name][0]
+        if name == "upstream" and not environ.get(variable):
+            variable = "OLLAMA_HOST"
+        twin = environ.get(variable, "")
+        where = f"the environment's {variable}" if given is None else f"--{name.replace('_', '-')}"
         try:
+            if given == "" or twin.isspace():  # a variable that was lost? not to be passed over
+                raise ValueError("is empty")
             if default == ():  # a list of flags, or a twin with values between blanks
                 values[name] = tuple(map(reader, given or twin.split()))
             elif given or twin:
                 values[name] = reader(given or twin)
         except ValueError as error:
-            where = f"--{flag}" if given else f"the environment's {prefix}{name.upper()}"
             parser.error(f"{where}: {error}")
     return Config(**values)
 

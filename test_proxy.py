@@ -315,6 +315,8 @@ class FakeOllama:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             reader = connection.makefile("rb")
             line = reader.readline().decode().rstrip()
+            if not line:
+                return reader.close()
             headers = http.client.HTTPMessage()
             for header in iter(reader.readline, b"\r\n"):
                 name, _, value = header.decode("latin-1").partition(":")
@@ -1690,7 +1692,16 @@ def test_path_that_is_not_ascii_is_a_400(start):
     assert raw(server, b"GET /api/tags?\x01 HTTP/1.1\r\nHost: localhost\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
 
+def test_only_http_1_1_is_told_to_go_on(start):
+    server, _ = start(RECORDED["length"])
+    for version, told in ("1.0", False), ("1.1", True):
+        request = (f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\nExpect: 100-continue\r\n"
+                   f"Content-Length: {len(BODY)}\r\n\r\n").encode() + BODY
+        assert raw(server, request).startswith(b"HTTP/1.1 100 ") == told
+
+
 @pytest.mark.parametrize("version, wish, kept", [
+    ("1.1", "Connection: keep-alive\r\nConnection: close\r\n", False),
     ("1.0", "", False), ("1.0", "Connection: Keep-Alive\r\n", True), ("1.1", "", True),
     ("1.1", "Connection: close\r\n", False), ("1.1", "Connection: x, Close\r\n", False)])
 def test_connection_is_kept_as_the_version_and_the_client_want_it(start, version, wish, kept):
@@ -2676,6 +2687,38 @@ def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start):
         gc.enable()
 
 
+@pytest.mark.parametrize("reason", [ProxyError(503, "stopped"), ConnectionAbortedError()])
+@pytest.mark.parametrize("when", ["before", "as the head comes"])
+def test_request_that_is_ended_at_any_moment_leaves_no_descriptor_behind(start, monkeypatch, reason, when):
+    server, _ = start(HEAD, HOLD)
+    if when == "as the head comes":
+        answer = proxy_module.UpstreamAnswer
+        monkeypatch.setattr(proxy_module, "UpstreamAnswer", lambda upstream, watch, *rest: (
+            watch.end(reason), answer(upstream, watch, *rest))[1])
+    gc.collect()
+    gc.disable()
+    try:
+        before = descriptors()
+        for _ in range(20):
+            watch = proxy_module.Watch()
+            if when == "before":
+                watch.end(reason)
+            with pytest.raises(type(reason)):
+                server.upstream.request(watch, "POST", "/api/chat", b"{}")
+        poll(lambda: descriptors() <= before + 5)
+    finally:
+        gc.enable()
+
+
+def test_end_of_a_tls_connection_is_said(start, certificate):
+    server, _ = start(RECORDED["length"], tls_cert=certificate[0], tls_key=certificate[1])
+    context = ssl.create_default_context(cafile=certificate[0])
+    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as plain:
+        with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as client:
+            client.sendall(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY))
+            assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
 def test_upstream_head_that_breaks_the_parser_is_its_own_fault_and_closed(start, log, path):
     server, fake = start(b"HTTP/1.1 200 OK\r\nContent-Type: multipart/mixed; boundary*=a; boundary*0=b\r\n\r\n", HOLD)
@@ -3136,6 +3179,25 @@ def test_trace_of_a_line_with_a_bare_carriage_return_stays_a_comment(start):
     assert ': {"message":{"content":"x"},\n: "data":1,\n: "done":false}' in blocks(answer)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions?trace=1", "/api/chat"])
+def test_line_ends_of_unicode_in_the_raw_text_are_escaped(start, path):
+    text = 'a\x85data: [DONE]\u2028b\u2029c'
+    line = json.dumps({"message": {"content": text}}, ensure_ascii=False).encode() + b"\n"
+    server, _ = start(HEAD + chunk(line) + chunk(FINAL) + b"0\r\n\r\n")
+    answer = call(server, "POST", path, {"model": "m", "messages": [], "stream": True}, SSE)
+    assert answer.body.decode().splitlines() == answer.body.decode().split("\n")[:-1]
+    found = [json.loads(t) for t in re.findall(r"^(?:data|): (\{.*)$", answer.body.decode(), re.MULTILINE)]
+    assert {"message": {"content": text}} in found
+
+
+@pytest.mark.parametrize("content_type", ["text/html", "\x01"])
+def test_what_an_upstream_says_is_html_does_not_run_as_ours(start, content_type):
+    server, _ = start(f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\nContent-Length: 9\r\n\r\n<script>".encode() + b">")
+    answer = call(server, "GET", "/api/version")
+    assert answer.headers["X-Content-Type-Options"] == "nosniff" and "\x01" not in answer.headers["Content-Type"]
+    assert answer.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
+
+
 def test_browser_gets_the_page_which_may_load_nothing_from_anywhere(start):
     server, fake = start(api_key=(ALICE,))
     answer = call(server, "GET", "/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
@@ -3294,6 +3356,11 @@ def test_program_warns_when_ollama_does_not_answer():
     ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "the environment's NDJSON_SSE_PROXY_IDLE_TIMEOUT"),
     ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "the environment's NDJSON_SSE_PROXY_DEMO"),
     ([], {"NDJSON_SSE_PROXY_LISTNE": "127.0.0.1:0"}, "NDJSON_SSE_PROXY_LISTNE is none of the settings"),
+    ([], {"NDJSON_SSE_PROXY_API_KEY": " "}, "NDJSON_SSE_PROXY_API_KEY: is empty"),
+    (["--api-key-file", ""], {}, "--api-key-file: is empty"), (["--hooks", ""], {}, "--hooks: is empty"),
+    ([], {"OLLAMA_HOST": "a b"}, "the environment's OLLAMA_HOST"),
+    pytest.param([], {"NDJSON_SSE_PROXY_api_key": "sk-alice-0123"}, "NDJSON_SSE_PROXY_api_key is none",
+                 marks=pytest.mark.skipif(os.name == "nt", reason="all names are in capitals there")),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(arguments, environ, text):
     with running(*arguments, **environ) as process:

@@ -18,6 +18,10 @@ text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
 assert text == whole.choices[0].message.content, text
 assert chunks[-1].usage == whole.usage and chunks[-2].choices[0].finish_reason == "stop"
 
+traced = demo.chat.completions.create(  # comments are skipped
+    model="demo-text", messages=messages, stream=True, extra_query={"trace": "1"})
+assert "".join(c.choices[0].delta.content or "" for c in traced) == text
+
 cut = demo.chat.completions.create(model="demo-text", messages=messages, max_completion_tokens=2)
 assert cut.choices[0].finish_reason == "length"
 

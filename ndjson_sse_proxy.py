@@ -3081,7 +3081,7 @@ FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "heartbeat": (SECONDS_OR_0, "SECONDS", "of silence after which a stream gets one; 0: never"),
     "idle_timeout": (matching(r"(?=.*[1-9])" + NUMBER, "a number of seconds above 0", float),
                      "SECONDS", "longest silence of Ollama, loading included"),
-    "drain_timeout": (SECONDS_OR_0, "SECONDS", "for streams to end in, once it is to stop"),
+    "drain_timeout": (SECONDS_OR_0, "SECONDS", "how long streams may go on after a signal to stop"),
     "max_connections": (COUNT, "N", "open at once; more get a 503"),
     "max_body": (COUNT, "BYTES", "of a request; more is a 413"),
     "reuse_port": (SWITCH, "", "several processes on one port (Linux)"),

@@ -357,8 +357,9 @@ def to_bytes(value: Any) -> bytes:
 
 def data_lines(data: bytes) -> list[bytes]:
     """The lines of some data, in which none but real line ends are left."""
-    for char, escape in UNICODE_LINE_ENDS.items():
-        data = data.replace(char.encode(), escape.encode())
+    if not data.isascii():
+        for char, escape in UNICODE_LINE_ENDS.items():
+            data = data.replace(char.encode(), escape.encode())
     return data.splitlines()
 
 
@@ -1461,8 +1462,12 @@ class Upstream:
         """
         with contextlib.ExitStack() as stack:  # closes all, unless nothing went wrong
             with self.reading(watch):
-                connection = self._connect(watch)
+                connection = (http.client.HTTPSConnection(self._host, self.url.port,
+                                                          context=self._tls)
+                              if self._tls else
+                              http.client.HTTPConnection(self._host, self.url.port))
                 stack.callback(connection.close)
+                self._connect(connection, watch)
                 watch.silent_since = time.monotonic()
                 # Whoever refuses a large body may do so, and hang up, before all of it is sent.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -1474,26 +1479,20 @@ class Upstream:
             stack.pop_all()
         return answer
 
-    def _connect(self, watch: Watch) -> http.client.HTTPConnection:
-        """A connection that the watch can end, even within its TLS handshake."""
-        connection = (http.client.HTTPSConnection(self._host, self.url.port, context=self._tls)
-                      if self._tls else http.client.HTTPConnection(self._host, self.url.port))
+    def _connect(self, connection: http.client.HTTPConnection, watch: Watch) -> None:
+        """Connect, so that the watch can end it even within the TLS handshake."""
         try:
-            sock = socket.create_connection((self._host, connection.port), CONNECT_SECONDS)
+            sock = connection.sock = socket.create_connection(
+                (self._host, connection.port), CONNECT_SECONDS)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
-                sock = self._tls.wrap_socket(sock, server_hostname=self._host,
-                                             do_handshake_on_connect=False)
-            connection.sock = sock
+                sock = connection.sock = self._tls.wrap_socket(
+                    sock, server_hostname=self._host, do_handshake_on_connect=False)
             watch.attach(sock)
             if isinstance(sock, ssl.SSLSocket):
                 watch.silent_since = time.monotonic()
                 sock.do_handshake()
-        except ProxyError:  # the watch was ended meanwhile
-            connection.close()
-            raise
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
-            connection.close()
             watch.check()
             raise ProxyError(
                 502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
@@ -1501,7 +1500,6 @@ class Upstream:
                 code="upstream_unreachable") from error
         # No time limit of its own: that costs a poll() for each recv(), and the watchdog has one.
         sock.settimeout(None)
-        return connection
 
     @contextlib.contextmanager
     def reading(self, watch: Watch) -> Iterator[None]:
@@ -2189,7 +2187,8 @@ class ProxyHandler(JsonHandler):
                 events.add(frame(choice))
         if request.reply.get("include_usage"):
             events.add(sse_event(with_usage(streams, [])))
-        self.finish_events(SSE_DONE)
+        events.add(SSE_DONE)
+        self.finish_events()
 
     def choices(self, request: NativeRequest,
                 streams: list[ChatStream]) -> Generator[Json, None, None]:
@@ -2420,11 +2419,9 @@ class ProxyHandler(JsonHandler):
         self.watch.beat = self.events.beat
         return self.events
 
-    def finish_events(self, *frames: bytes) -> None:
-        """The last frames of a stream, and its end."""
+    def finish_events(self) -> None:
+        """The end of a stream, whose last frame is there."""
         assert self.events
-        for frame in frames:
-            self.events.add(frame)
         self.events.flush()
         self.record["end"] = self.record["end"] or "done"  # a client may leave: it has everything
         self.finish_body()

@@ -283,6 +283,24 @@ RESET = object()  # a step: break the connection by RST
 HOLD = object()  # a step: do nothing until the proxy hangs up; then `left` is set
 
 
+class Endless:
+    """A step, for size=1, that says the same until the proxy hangs up."""
+
+    def __init__(self, piece):
+        self.piece, self.sent = piece, 0
+
+    def __len__(self):
+        return 1 << 40
+
+    def __getitem__(self, _):
+        self.sent += len(self.piece)
+        return self.piece
+
+
+def reset_on_close(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 class FakeOllama:
     """Plays `steps` on each connection: bytes are sent, events are waited for, RESET resets.
 
@@ -324,7 +342,7 @@ class FakeOllama:
             self.requests.put((line, headers, reader.read(int(headers.get("Content-Length", 0)))))
             for step in self.answers.pop(0) if self.answers else self.steps:
                 if step is RESET:
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    reset_on_close(connection)
                     reader.close()
                     return
                 if step is HOLD:
@@ -1568,14 +1586,7 @@ def test_connection_is_kept_for_the_next_request_after_answers_and_streams(start
 def test_client_that_hangs_up_in_the_stream_ends_the_upstream_request(start):
     gone = threading.Event()
 
-    class Endless:
-        """A step that speaks until the proxy hangs up."""
-        def __len__(self):
-            return 1 << 40
-
-        def __getitem__(self, _):
-            return chunk(says("more"))
-    server, fake = start(HEAD, Endless(), size=1)
+    server, fake = start(HEAD, Endless(chunk(says("more"))), size=1)
     serve = fake.serve
     fake.serve = lambda connection: (serve(connection), gone.set())
     connection = connect(server)
@@ -2197,7 +2208,7 @@ class Client:
 
     def leave(self, ending="FIN"):
         if ending == "RST":
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_on_close(self.socket)
         self.socket.close()
 
 
@@ -2450,21 +2461,12 @@ def test_connection_that_idles_is_closed(start, monkeypatch, sent):
 
 def test_client_that_does_not_read_is_cut_and_pushes_back_meanwhile(start, monkeypatch, log):
     monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.3)
-    piece, sent = chunk(says("x" * 10_000)), []
-
-    class Endless:
-        """A step that speaks until the proxy hangs up."""
-        def __len__(self):
-            return 1 << 40
-
-        def __getitem__(self, _):
-            sent.append(len(piece))
-            return piece
-    server, fake = start(HEAD, Endless(), size=1, log="json")
+    endless = Endless(chunk(says("x" * 10_000)))
+    server, fake = start(HEAD, endless, size=1, log="json")
     client = Client(server)
     assert fake.hung_up.wait(DEADLINE)
     assert records(log, 1)[0]["end"] == "client hang-up"
-    assert sum(sent) < 64 << 20  # what two sockets' buffers hold, and not all that was said
+    assert endless.sent < 64 << 20  # what two sockets' buffers hold, and not all that was said
     client.leave()
 
 
@@ -2666,7 +2668,16 @@ def test_model_name_beyond_any_of_ollamas_is_a_400(start):
     assert assert_failed(chat(server, model="m" * 601), 400)["param"] == "model" and fake.requests.empty()
 
 
-def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start):
+@pytest.fixture
+def uncollected():
+    """What is not closed stays open: the garbage collector does not come to help."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start, uncollected):
     server, fake = start(b"HTTP/1.1 404 Not Found\r\nContent-Length: 100\r\n\r\n{", HOLD)
 
     def leave(count):
@@ -2677,37 +2688,28 @@ def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start):
             client.leave()
         poll(lambda: not server.connections and not server.watchdog)
     leave(1)
-    gc.collect()
-    gc.disable()
-    try:
-        before = descriptors()
-        leave(40)
-        poll(lambda: descriptors() <= before + 5)
-    finally:
-        gc.enable()
+    before = descriptors()
+    leave(40)
+    poll(lambda: descriptors() <= before + 5)
 
 
 @pytest.mark.parametrize("reason", [ProxyError(503, "stopped"), ConnectionAbortedError()])
 @pytest.mark.parametrize("when", ["before", "as the head comes"])
-def test_request_that_is_ended_at_any_moment_leaves_no_descriptor_behind(start, monkeypatch, reason, when):
+def test_request_that_is_ended_at_any_moment_leaves_no_descriptor_behind(
+        start, monkeypatch, uncollected, reason, when):
     server, _ = start(HEAD, HOLD)
     if when == "as the head comes":
         answer = proxy_module.UpstreamAnswer
         monkeypatch.setattr(proxy_module, "UpstreamAnswer", lambda upstream, watch, *rest: (
             watch.end(reason), answer(upstream, watch, *rest))[1])
-    gc.collect()
-    gc.disable()
-    try:
-        before = descriptors()
-        for _ in range(20):
-            watch = proxy_module.Watch()
-            if when == "before":
-                watch.end(reason)
-            with pytest.raises(type(reason)):
-                server.upstream.request(watch, "POST", "/api/chat", b"{}")
-        poll(lambda: descriptors() <= before + 5)
-    finally:
-        gc.enable()
+    before = descriptors()
+    for _ in range(20):
+        watch = proxy_module.Watch()
+        if when == "before":
+            watch.end(reason)
+        with pytest.raises(type(reason)):
+            server.upstream.request(watch, "POST", "/api/chat", b"{}")
+    poll(lambda: descriptors() <= before + 5)
 
 
 def test_end_of_a_tls_connection_is_said(start, certificate):
@@ -2904,7 +2906,7 @@ def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(s
             seen = b""
             while until not in seen:
                 seen += client.recv(100)
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_on_close(client)
         assert records(log, 1)[0]["end"] == end
 
 
@@ -3621,10 +3623,6 @@ async def play_ollama():
     print("listens on http://127.0.0.1:%d" % server.sockets[0].getsockname()[1],
           file=sys.stderr, flush=True)
     await server.serve_forever()
-
-
-def reset_on_close(connection):
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
 def relay(upstream_port):

@@ -1,16 +1,16 @@
-r"""ndjson_sse_proxy: Ollama's NDJSON in, the SSE that OpenAI clients read out.
+r"""ndjson_sse_proxy: Ollama's NDJSON in, OpenAI-style SSE out.
 
     python ndjson_sse_proxy.py            # in front of the Ollama on this machine
-    python ndjson_sse_proxy.py --demo     # nothing installed: a scripted Ollama answers
+    python ndjson_sse_proxy.py --demo     # without Ollama: scripted answers
 
-Ollama streams an answer as NDJSON: one JSON object a line, in a chunked HTTP body.
+Ollama streams an answer as NDJSON: one JSON object per line, in a chunked HTTP body.
 
     {"model":"m","message":{"role":"assistant","content":"Hel"},"done":false}\n
     {"model":"m","message":{"role":"assistant","content":"lo"},"done":false}\n
     {"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}\n
 
-OpenAI's clients read server-sent events (SSE): frames of `data:` lines, each frame ended by
-a blank line. The `delta`s add up to the message.
+OpenAI-style clients read server-sent events (SSE): frames of `data:` lines, each ended by a blank
+line. The deltas add up to the message.
 
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"role":"assistant","content":""},...}]}\n\n
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"content":"Hel"},...}]}\n\n
@@ -18,37 +18,32 @@ a blank line. The `delta`s add up to the message.
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n
     data: [DONE]\n\n
 
-The way of the data:
+How a request flows:
 
-    client --HTTP--> ProxyHandler -- to_ollama_chat --> Upstream --HTTP--> Ollama
-    client <--SSE-- EventStream <- chunk_framer <- ChatStream <- NdjsonDecoder <- pieces() <- NDJSON
-                         ^                                                           |
-                         '------------- Watchdog: heartbeats out, hang-ups in -------'
+    client --HTTP--> ProxyHandler -- authenticate -- shape -- to_ollama_chat --HTTP--> Ollama
+    client <--SSE--- Reply <-- ChatStream <-- records <-- readline() <--------NDJSON-- Ollama
+                       '-- PatientReader: waits, sends heartbeats, notices hang-ups --'
 
-To see it happen, open http://127.0.0.1:11435/ in a browser, or add ?trace=1 to the path: then
-each line of NDJSON stands, as a comment, before the frames that it became.
+Each connection has one thread, and only that thread writes to its client. A translated stream ends
+in exactly one of two ways: a finish_reason and `[DONE]`, or an error frame. A cut answer never
+looks complete.
 
-The middle (sections 3 to 6) never sees a socket, a clock or a random number, so you can read it,
-test it and paste it elsewhere on its own (with the imports, MAX_LINE_BYTES and section 2 for its
-errors). A translated stream ends in exactly one of two ways: a finish_reason and `[DONE]`, or an
-error frame. An answer that was cut is never passed off as a whole one.
+Read from the top. Section 4 ends with the whole idea in ten lines, `raw_frames`; the rest is what
+real clients need on top. Sections 3 to 6 never touch a socket, a clock or a random number. To
+watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
-What it does not do: no caching, no retries, no limit of requests, no prompts of its own.
-
-To learn streaming read sections 3, 4, 6; then 5 (the fields of a request), 8 (hang-ups and
-heartbeats), 9 and 10 (HTTP, up and down), 7 (who may call, what is sent on, what happened). 1 and 2
-hold limits and errors, 11 the demo, 12 the page, 13 the command line.
+What it does not do: it stores nothing, limits no request rates, and fetches nothing but Ollama's
+answers. It asks Ollama twice in one case only (a model that can't think), and adds to a prompt in
+one case only (a forced tool call).
 """
 from __future__ import annotations
 
 import argparse
 import base64
-import calendar
 import contextlib
 import errno
 import functools
 import hashlib
-import hmac
 import http.client
 import http.server
 import io
@@ -63,6 +58,8 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
+import struct
 import sys
 import threading
 import time
@@ -70,178 +67,156 @@ import traceback
 import urllib.parse
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # names for annotations, which are read and checked but never run
-    from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+if TYPE_CHECKING:  # names for annotations, which never run
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import NoReturn
 
     Json = dict[str, Any]
+    Headers = Iterable[tuple[str, str]]
     Convert = Callable[[Any, str], Any]  # (value, its name in the request) -> Ollama's value
     Field = tuple[str, str, Convert | None]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-# ---- 1. Limits and settings: each number with its reason; one frozen object, handed down -------
-# Every buffer has a cap and every wait has an end: else one client, or one broken upstream, could
-# take all of the memory or all of the threads.
+# ---- 1. Limits -----------------------------------------------------------------------------------
+# Every buffer has a limit and every wait times out. Otherwise one client, or one broken Ollama,
+# could take all the memory or all the threads.
 
-READ_BYTES = 16 * 1024  # in one read of what is thrown away
-MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file; a line that never ends may not grow
-MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures in it; also a whole answer
-MAX_ERROR_BYTES = 64 * 1024  # of an upstream's error page; nobody reads more
-MAX_HEAD_BYTES = 64 * 1024  # request line and headers; browsers send a few KiB
-MAX_HEADERS = 100  # as many as http.client would take
-SMALL_BYTES = 4096  # fit into any socket that is ready for more
-MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields: clients stop reading headers somewhere above 8 KiB
-MAX_KEY_FILE_BYTES = 1 << 20  # more keys than a household or a firm has
-MAX_MODEL_NAME = 600  # Ollama takes no longer ones; each frame has it, heartbeats too
-MAX_NAME = 100  # characters of a model's or a field's name in the log and the metrics
-MAX_EXTRA = 64  # connections beyond --max-connections that are told so; more are just closed
-CONNECT_SECONDS = 10.0  # Ollama is near; whoever takes longer to accept is not there
-CLIENT_SECONDS = 60.0  # for a client to idle and send a head, in total; or to read a byte
-BODY_SECONDS = 300.0  # for all of a body: 32 MiB at 1 Mbit/s
-LINGER_SECONDS = 1.0  # wait this long for a client to read a refusal before the socket goes
-TICK_SECONDS = 0.25  # between two looks at all clients: who hangs up frees the model in a second
-PAUSE_SECONDS = 0.5  # until the next try, if there was no descriptor or thread for a connection
-
-
-class Config(NamedTuple):
-    """Every setting; FLAGS in section 13 says what each is for."""
-
-    listen: urllib.parse.SplitResult = urllib.parse.urlsplit("http://127.0.0.1:11435")
-    upstream: urllib.parse.SplitResult = urllib.parse.urlsplit("http://127.0.0.1:11434")
-    demo: bool = False
-    api_key: tuple[tuple[str, str], ...] = ()
-    api_key_file: str = ""
-    insecure: bool = False
-    allowed_host: tuple[str, ...] = ()
-    cors_origin: tuple[str, ...] = ()
-    allow_admin: bool = False
-    tls_cert: str = ""
-    tls_key: str = ""
-    alias: tuple[tuple[str, str], ...] = ()
-    option: tuple[tuple[str, Any], ...] = ()
-    keep_alive: str | float | None = None
-    allow_truncation: bool = False
-    hooks: str = ""
-    log: str = "text"
-    heartbeat: float = 10.0
-    idle_timeout: float = 600.0
-    drain_timeout: float = 30.0
-    max_connections: int = 512
-    max_body: int = MAX_BODY_BYTES
-    reuse_port: bool = False
+MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file
+MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures, or a whole answer
+MAX_HEAD_BYTES = 64 << 10  # request line and headers; browsers send a few KiB
+MAX_HEADERS = 100  # the same limit as http.client's
+MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields; some clients stop at 8 KiB of headers
+MAX_KEY_FILE_BYTES = 1 << 20  # thousands of keys
+MAX_MODEL_NAME = 600  # longer than Ollama allows; every frame repeats the name
+MAX_NAME = 100  # characters of a model or field name in the log and the metrics
+MAX_MODEL_LABELS = 100  # models with a metrics label of their own; the others share "other"
+MAX_EXTRA = 64  # connections above --max-connections that still get a 503
+TAIL_BYTES = 4096  # of a line or an answer, searched for token counts, which come last
+SLICE_BYTES = 64 << 10  # of one write; each slice has its own timeout, so slow readers survive
+CONNECT_SECONDS = 10.0  # to connect to Ollama, which is near
+CLIENT_SECONDS = 60.0  # for a client to send a head, or to take one slice of an answer
+BODY_SECONDS = 300.0  # for a client to send a body: 32 MiB at 1 Mbit/s
+DRAIN_SECONDS = 30.0  # for running requests to end after a signal
+LINGER_SECONDS = 1.0  # for a client to read a refusal before its connection closes
+YOUNG_SECONDS = 2.0  # a file younger than this may change again without a new timestamp
+TICK_SECONDS = 0.25  # of silence between two looks at the client
 
 
-# ---- 2. Errors: each knows its HTTP status and shows itself as OpenAI's error object -----------
-# An SDK decides by the status whether to retry and which exception to raise, and shows
-# `message` to a person. So the status must be right and the message must name the cure.
+# ---- 2. Errors -----------------------------------------------------------------------------------
+# An SDK decides by the status whether to retry and which exception to raise, and shows `message`
+# to a person. So the status must be right, and the message must say what to do.
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
                429: "rate_limit_error"}
 
 
-class ProxyError(Exception):
-    """An answer that says no.
+class ClientGone(Exception):
+    """The client has hung up or stopped reading, so there is nobody left to answer."""
 
-    status: the HTTP status, if it can still be sent. param: the request's field at fault.
-    code: OpenAI's word for a program to look at, or ours for the way an upstream failed.
+
+class ProxyError(Exception):
+    """A refusal or failure that the client is told about.
+
+    `param` is the request field at fault, `code` a word for programs, `detail` for the log only.
+    Raises ValueError for anything that can't be sent, so that a hook fails where its mistake is.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None,
-                 code: str | None = None, headers: Iterable[tuple[str, str]] = ()) -> None:
+                 code: str | None = None, headers: Headers = (), detail: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers = headers
+        self.headers, self.detail = list(headers), detail
+        lines = ["" if isinstance(pair, str) else ": ".join(pair) for pair in self.headers]
+        if (type(status) is not int or not 400 <= status <= 599
+                or not all(isinstance(text, str) for text in (message, param or "", code or ""))
+                or not all(re.fullmatch("[!-9;-~]+: [ -~\xa0-\xff]*", line) for line in lines)):
+            raise ValueError(f"ProxyError{(status, message, param, code, headers)} can't be sent")
 
-    def body(self) -> Json:
-        """OpenAI's error object.
-
-        >>> ProxyError(404, "no such model", code="model_not_found").body()["error"]["type"]
-        'not_found_error'
-        """
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": ERROR_TYPES.get(self.status, kind),
-                          "param": self.param, "code": self.code}}
+    def body(self) -> bytes:
+        """Return OpenAI's error object in JSON."""
+        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else
+                               "server_error")
+        return to_bytes({"error": {"message": self.message, "type": kind, "param": self.param,
+                                   "code": self.code}})
 
 
 def broken_upstream(what: str) -> ProxyError:
-    """Ollama (or what answers in its place) did not speak its protocol."""
-    return ProxyError(502, f"The upstream broke its protocol: {what}", code="upstream_protocol")
+    """Return the error for an Ollama that breaks its protocol (or that isn't an Ollama)."""
+    return ProxyError(502, f"Ollama sent something unexpected: {what}", code="upstream_protocol")
 
 
 def cut_upstream(what: str) -> ProxyError:
-    """The upstream went away before it said that it was done."""
-    return ProxyError(502, f"The upstream's answer was cut: {what}", code="upstream_cut")
+    """Return the error for an answer that ended before it was complete."""
+    return ProxyError(502, f"Ollama's answer was cut off: {what}", code="upstream_cut")
 
 
-CURE = ("Shorten the messages, or ask for a longer context: options.num_ctx in the request, or "
-        "--option num_ctx=N for the proxy, which with --allow-truncation would have them cut "
-        "silently.")
+LONGER = ("Shorten the messages or use a longer context: set options.num_ctx in the request, or "
+          "start the proxy with --option num_ctx=N. (With --allow-truncation, Ollama would cut "
+          "the messages silently.)")
+SHORTER = ("Shorten the messages: the request already asked for num_ctx {num_ctx}, and the model "
+           "can't use more.")
+OVERFLOW = (400, "messages", "context_length_exceeded")
 
-# Ollama's texts and what becomes of them: status, param, code, message; {0} is the pattern's first
-# group, and an empty message passes Ollama's own on. Some mistakes of the client come from Ollama
-# as a 500, which SDKs would retry: here they are 400s.
+# Ollama's error texts, and the status, param, code and message they become. {0} is the pattern's
+# first group, {schema} the field with the JSON schema, {advice} one of the texts above; an empty
+# message passes Ollama's own on. SDKs retry a 500, so a client's mistake must be a 400.
 UPSTREAM_ERRORS = [
-    (r"request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)",
-     400, "messages", "context_length_exceeded", "This model's maximum context length is {1} "
-     "tokens. However, your messages resulted in {0} tokens. " + CURE),
-    (r"input length exceeds the context length|prompt is longer than the context length",
-     400, "messages", "context_length_exceeded", "This model's maximum context length is exceeded "
-     "by your messages (Ollama gave no figures). " + CURE),
+    (r"request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)", *OVERFLOW,
+     ("This model's maximum context length is {1} tokens. However, your messages resulted in {0} "
+      "tokens. {advice}")),
+    ("input length exceeds the context length|prompt is longer than the context length", *OVERFLOW,
+     ("This model's maximum context length is exceeded by your messages (Ollama gave no token "
+      "counts). {advice}")),
     (r"^model ['\"](.+?)['\"] not found", 404, "model", "model_not_found",
-     "model '{0}' not found. Where Ollama runs: ollama pull {0}"),
+     "model '{0}' not found; run `ollama pull {0}` on the Ollama machine"),
     (r'^option "(.+?)" must be of type', 400, "options.{0}", None, ""),
-    (r"^invalid format: ", 400, "response_format", None, ""),
+    (r"^invalid format: |(?i:unsupported \$ref|json schema|resolving ref|parse grammar)", 400,
+     "{schema}", None, "Ollama can't use the schema in '{schema}': {text}"),
     (r"^invalid think value: |does not support thinking", 400, "think", None, ""),
     (r"^time: .*invalid duration", 400, "keep_alive", None, ""),
     (r"does not support tools", 400, "tools", None, ""),
 ]
 
 
-def upstream_error(value: Any, status: int = 502) -> ProxyError:
-    """What Ollama said of its failure (a text, JSON in a text, or an object), under its status.
+def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) -> ProxyError:
+    r"""Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
 
-    >>> error = upstream_error("model 'llama3' not found", 404)
-    >>> error.status, error.code, error.message
-    (404, 'model_not_found', "model 'llama3' not found. Where Ollama runs: ollama pull llama3")
-    """
-    text = unwrap_error(value)
-    for pattern, new_status, param, code, message in UPSTREAM_ERRORS:
-        match = re.search(pattern, text, re.DOTALL)
-        if match:
-            message = message.format(*match.groups()) if message else text
-            return ProxyError(new_status, message, param.format(*match.groups()), code)
-    return ProxyError(status, text, code="upstream_error")
+    `wanted` is NativeRequest.wanted, for advice that fits the request.
 
-
-def unwrap_error(value: Any) -> str:
-    r"""The sentence inside Ollama's error, however often it was wrapped.
-
-    >>> unwrap_error({"error": "{\"error\":{\"code\":400,\"message\":\"too long\"}}"})
+    >>> upstream_error({"error": "{\"error\":{\"code\":400,\"message\":\"too long\"}}"}).message
     'too long'
     """
+    wanted = wanted or {}
     for _ in range(5):
         if isinstance(value, dict) and ("error" in value or "message" in value):
             value = value.get("error") or value.get("message")
         elif isinstance(value, str) and value.lstrip().startswith("{"):
-            try:
+            with contextlib.suppress(ValueError):
                 value = parse_object(value)
-            except ValueError:
-                break
-    text = value if isinstance(value, str) else to_json(value)
-    return text.strip()[:2000] or "the upstream failed without a word"
+    text = (value if isinstance(value, str) else to_json(value)).strip()[:2000]
+    for pattern, new_status, param, code, message in UPSTREAM_ERRORS:
+        match = re.search(pattern, text, re.DOTALL)
+        if match:
+            limit = int(match[2]) if len(match.groups()) > 1 else float("inf")
+            advice = LONGER if wanted.get("num_ctx", 0) <= limit else SHORTER.format(**wanted)
+            words = {"text": text, "schema": wanted.get("schema", "response_format"),
+                     "advice": advice}
+            message = message.format(*match.groups(), **words) if message else text
+            return ProxyError(new_status, message, param.format(*match.groups(), **words), code)
+    return ProxyError(status, text or "Ollama failed without a reason", code="upstream_error")
 
 
-# ---- 3. NDJSON in: bytes, split anywhere, to records -------------------------------------------
-# TCP is a stream of bytes without borders: one read may end inside a line, even inside a UTF-8
-# character. So bytes are kept until a newline has come, and only whole lines are decoded.
+# ---- 3. NDJSON in: lines to records --------------------------------------------------------------
+# Each line is one JSON object. Only the record with "done": true completes an answer: after a cut,
+# HTTP's own end of the body can look the same.
 
 
 def finite_number(text: str) -> float:
-    """json's hook for numbers: NaN, 1e999 and thousands of digits can be read, but not sent on."""
+    """Read a number for json; refuse NaN, 1e999 and integers too long to be sent on."""
     value = float(text)
     if not abs(value) < float("inf"):
-        raise ValueError(f"{text[:20]} is no number in JSON, or too large")
+        raise ValueError(f"{text[:20]} is not a JSON number, or too large")
     return int(text) if text.lstrip("-").isdigit() else value
 
 
@@ -251,155 +226,323 @@ PLAIN_JSON = strict_decoder()
 
 
 def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
-    """Strict JSON whose outermost value is an object; raises ValueError for anything else."""
+    """Parse strict JSON that must be an object; raise ValueError for anything else."""
     try:
         value = decoder.decode(data if isinstance(data, str) else data.decode("utf-8"))
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError("it is nested too deeply") from None
     if isinstance(value, dict):
         return value
-    raise ValueError("not an object")
+    raise ValueError("it is not an object")
 
 
-class NdjsonDecoder:
-    r"""Bytes in, records out: one JSON object a line. Touches no socket.
+def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
+    """Return a member of an object from Ollama, or its type's empty value if null or absent.
 
-    >>> decoder = NdjsonDecoder()
-    >>> list(decoder.feed(b'{"a": 1}\n{"b"'))      # the second line is not whole yet
-    [(b'{"a": 1}', {'a': 1})]
-    >>> list(decoder.feed(b': 2}\n'))
-    [(b'{"b": 2}', {'b': 2})]
+    Raises ProxyError 502 for another type, or if it is needed and absent.
     """
-
-    def __init__(self, max_line: int = MAX_LINE_BYTES) -> None:
-        self._rest = bytearray()  # what has come and is not a record yet
-        self._searched = 0  # so much of it holds no newline
-        self._max_line = max_line
-
-    def feed(self, data: bytes) -> Iterator[tuple[bytes, Json]]:
-        """Take `data`; yield (line, record) for each line that is whole now, but for blank ones.
-
-        The records before a bad line come out before its error does. Raises ProxyError 502 for a
-        line that is no JSON object, or longer than `max_line` bytes.
-        """
-        self._rest += data
-        return self._lines()
-
-    def close(self) -> Iterator[tuple[bytes, Json]]:
-        """The input has ended: yield its last line, if that lacked only the newline.
-
-        Raises ProxyError 502 if the end came in the middle of a line.
-        """
-        line, self._rest = bytes(self._rest).strip(), bytearray()
-        if line:
-            try:
-                yield line, self._record(line)
-            except ProxyError:
-                raise cut_upstream(f"it ended inside a line, {show(line)}") from None
-
-    def _lines(self) -> Iterator[tuple[bytes, Json]]:
-        while True:
-            end = self._rest.find(b"\n", self._searched)
-            self._searched = len(self._rest)
-            if (self._searched if end < 0 else end) > self._max_line:
-                raise broken_upstream(f"a line of more than {self._max_line} bytes")
-            if end < 0:
-                return
-            line = bytes(self._rest[:end]).strip()
-            del self._rest[:end + 1]
-            self._searched = 0
-            if line:
-                yield line, self._record(line)
-
-    def _record(self, line: bytes) -> Json:
-        try:
-            return parse_object(line)
-        except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
-            raise broken_upstream(f"a line that is no JSON object, {show(line)}") from None
+    value = record.get(name) if isinstance(record, dict) else None
+    if type(value) is kind:  # not isinstance(): in Python, but not in JSON, True is an int
+        return value
+    if value is None and isinstance(record, dict) and not needed:
+        return kind()
+    raise broken_upstream(f"no {kind.__name__} {name!r} in {show(to_bytes(record))}")
 
 
 def show(data: bytes) -> str:
-    """The start of some bytes, for a message."""
+    """Return the start of some bytes, for a message."""
     return ascii(data[:60].decode("utf-8", "replace")) + ("..." if len(data) > 60 else "")
 
 
-# ---- 4. SSE out: a value to a frame ------------------------------------------------------------
-# A frame is one or more `data:` lines; the blank line after them tells the reader that the frame
-# is whole. A newline in the text would end it too early. JSON writes newlines as \n, so it can't
-# happen there; other data of several lines becomes several `data:` lines, which readers join.
+def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
+    r"""Turn lines into (line, record) pairs; skip blank lines.
+
+    Raises ProxyError 502 for a line that is not a JSON object or longer than MAX_LINE_BYTES, and
+    for input that ends inside a line.
+
+    >>> list(records([b'{"a":1}\r\n', b'\n', b'{"b":2}']))  # the last newline may be missing
+    [(b'{"a":1}', {'a': 1}), (b'{"b":2}', {'b': 2})]
+    """
+    for line in lines:
+        if len(line) > MAX_LINE_BYTES:
+            raise broken_upstream(f"a line longer than {MAX_LINE_BYTES} bytes")
+        text = line.strip()
+        if text:
+            try:
+                record = parse_object(text)
+            except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
+                if not line.endswith(b"\n"):
+                    raise cut_upstream(f"it ended inside a line, {show(text)}") from None
+                raise broken_upstream(f"a line that is not a JSON object, {show(text)}") from None
+            yield text, record
+
+
+# ---- 4. SSE out: values to frames ----------------------------------------------------------------
+# A frame is one or more `data:` lines and a blank line, which says that the frame is complete. A
+# newline in the text would end it too early. JSON writes newlines as \n, so JSON is safe; other
+# data of several lines becomes several `data:` lines, which readers join again.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-# Legal in JSON and SSE, but line ends to clients that use a text's splitlines() (httpx's
-# iter_lines() does), so they go out escaped. JSON itself escapes all other line ends.
+# Legal in JSON and in SSE, but some clients (httpx's iter_lines(), for one) split lines at them.
 UNICODE_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def to_json(value: Any) -> str:
-    r"""Compact JSON on one line, whatever the reader takes for a line end.
-
-    >>> print("two\nlines")
-    two
-    lines
-    >>> print(to_json({"text": "two\nlines"}))
-    {"text":"two\nlines"}
-    """
-    text = JSON_ENCODER.encode(value)
-    if not text.isascii():
-        for char, escape in UNICODE_LINE_ENDS.items():
-            text = text.replace(char, escape)
-    return text
+    """Return compact JSON. Raises ProxyError 400 if the value is nested too deeply."""
+    try:
+        return JSON_ENCODER.encode(value)
+    except RecursionError:
+        raise ProxyError(400, "the JSON is nested too deeply") from None
 
 
 def to_bytes(value: Any) -> bytes:
-    r"""JSON in UTF-8. Half an emoji (a lone surrogate), which UTF-8 can't carry, stays \ud83d."""
-    return to_json(value).encode("utf-8", "backslashreplace")
+    r"""Return JSON in UTF-8. Half an emoji (a lone surrogate) stays \ud83d: UTF-8 has no form."""
+    return escape_line_ends(to_json(value).encode("utf-8", "backslashreplace"))
 
 
-def data_lines(data: bytes) -> list[bytes]:
-    """The lines of some data, in which none but real line ends are left."""
-    if not data.isascii():
-        for char, escape in UNICODE_LINE_ENDS.items():
-            data = data.replace(char.encode(), escape.encode())
-    return data.splitlines()
+def escape_line_ends(data: bytes) -> bytes:
+    """Escape what some readers take for line ends."""
+    for char, escape in () if data.isascii() else UNICODE_LINE_ENDS.items():
+        data = data.replace(char.encode(), escape.encode())
+    return data
 
 
-def sse_event(data: Any) -> bytes:
-    r"""One frame: bytes as they are, anything else as JSON.
+def sse_event(data: Any, field: bytes = b"data: ") -> bytes:
+    r"""Return one frame: bytes as they are, anything else as JSON.
 
     >>> sse_event({"a": 1}), sse_event(b"two\nlines")
     (b'data: {"a":1}\n\n', b'data: two\ndata: lines\n\n')
     """
-    data = data if isinstance(data, bytes) else to_bytes(data)
-    return b"".join(b"data: %b\n" % line for line in data_lines(data)) + b"\n"
+    data = escape_line_ends(data) if isinstance(data, bytes) else to_bytes(data)
+    return b"".join(b"%b%b\n" % (field, line) for line in data.splitlines()) + b"\n"
 
 
-def sse_comment(data: bytes) -> bytes:
-    r"""Lines that every client skips: for people who watch the stream.
+# Comments, which every client skips, are for people who watch the stream.
+sse_comment = functools.partial(sse_event, field=b": ")
 
-    >>> sse_comment(b'{"a":1}')
-    b': {"a":1}\n\n'
-    """
-    return b"".join(b": %b\n" % line for line in data_lines(data)) + b"\n"
-
-
-# Not JSON, and no part of SSE: OpenAI's own sign that nothing was lost. HTTP has an end, too, but
-# many a library and proxy hides whether it was there; so it is said again, in the data.
+# Not JSON, and not part of SSE: OpenAI's own sign that nothing was lost. HTTP marks the end of the
+# body, too, but many libraries and proxies hide whether the mark was there.
 SSE_DONE = sse_event(b"[DONE]")
 
 
-# ---- 5. Request: OpenAI's body to Ollama's -----------------------------------------------------
-# The tables are the specification: to map another field, add a row (an option of Ollama's: a name
-# in OPTIONS); to refuse one, a row with refused("why"). Rows are read from top to
-# bottom and a later row overwrites what an earlier one put in the same place, so the order of
+def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[bytes]:
+    r"""The whole idea: each NDJSON line becomes one frame, then comes [DONE].
+
+    After an error line the stream just ends. Raises ProxyError 502 if the input ends too early.
+
+    >>> list(raw_frames([b'{"done":false}\n', b'{"done":true}\n']))
+    [b'data: {"done":false}\n\n', b'data: {"done":true}\n\n', b'data: [DONE]\n\n']
+    """
+    for line, record in records(lines):
+        yield sse_event(line)
+        if "error" in record:
+            return
+        if member(record, "done", bool):
+            break
+    else:
+        if needs_done:
+            raise cut_upstream('it ended before the record with "done": true')
+    yield SSE_DONE
+
+
+# ---- 5. Stream: Ollama's records to OpenAI's chunks ----------------------------------------------
+# A chunk is an envelope, the same throughout a stream, around one choice with its delta. A state
+# machine makes the choices. A record after DONE or FAILED breaks the protocol; input that ends in
+# any state but DONE was cut.
+#
+#     START --record--> STREAMING --record with "done": true--> DONE
+#     START or STREAMING --record with "error", or one that makes no sense--> FAILED
+
+START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
+
+
+class ChatStream:
+    """Turns records of POST /api/chat into the choices of chat.completion.chunk objects.
+
+    `wanted` says what the client wants of the answer (NativeRequest.wanted).
+
+    >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
+    >>> [choice["delta"] for choice in stream.feed({"message": {"content": "Hi"}})]
+    [{'role': 'assistant', 'content': ''}, {'content': 'Hi'}]
+    >>> stream.feed({"done": True, "done_reason": "stop"})
+    [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]
+    """
+
+    def __init__(self, model: str, stream_id: str, created: int,
+                 wanted: Json | None = None) -> None:
+        self.state = START
+        self.tokens = 0, 0  # of the prompt and the answer, known once it is DONE
+        self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
+                         "model": model, "system_fingerprint": "fp_ollama"}
+        # All but the ]} at its end: a stream serialises its envelope only once.
+        self._head = b"data: " + to_bytes({**self.envelope, "choices": []})[:-2]
+        self._wanted = wanted or {}
+        self._opened = False  # whether the role has been sent
+        self._call_ids: set[str] = set()  # of the tool calls sent so far
+        self._text: list[str] = []  # of a forced call, until it is complete
+
+    def feed(self, record: Json) -> list[Json]:
+        """Return the choices for a record. Raises ProxyError for an error or a malformed record."""
+        before, self.state = self.state, FAILED  # until this record has turned out well
+        if before in (DONE, FAILED):
+            raise broken_upstream(f"a record after the stream was {before}")
+        if "error" in record:  # {"error": "the model runner has died"}
+            raise upstream_error(record["error"], wanted=self._wanted)
+        done = member(record, "done", bool)
+        deltas = list(self._deltas(member(record, "message", dict, needed=not done)))
+        reason = self._finish(record, deltas) if done else None
+        choices = self._opening()
+        if record.get("logprobs"):
+            choices.append({**choice(deltas.pop(0) if deltas else {"content": ""}),
+                            "logprobs": self._logprobs(record)})
+        choices += map(choice, deltas)
+        self.state = DONE if done else STREAMING
+        return choices + [choice({}, reason)] if reason else choices
+
+    def heartbeat(self) -> list[bytes]:
+        """Return the frames to send while Ollama is silent: an empty delta.
+
+        LangChain gives up after 120 s without a chunk, and Continue ends its stream at a comment.
+        """
+        return list(map(self.frame, [*self._opening(), choice({})]))
+
+    def frame(self, choice: Json) -> bytes:
+        """Return the frame for one choice."""
+        return b"%b%b]}\n\n" % (self._head, to_bytes(choice))
+
+    def with_usage(self, choices: list[Json]) -> Json:
+        """Return an object with these choices and the token counts: a stream's last chunk."""
+        prompt, completion = self.tokens
+        return {**self.envelope, "choices": choices, "usage": {
+            "prompt_tokens": prompt, "completion_tokens": completion,
+            "total_tokens": prompt + completion}}
+
+    def _opening(self) -> list[Json]:
+        """The role, before everything else and only once."""
+        opened, self._opened = self._opened, True
+        return [] if opened else [choice({"role": "assistant", "content": ""})]
+
+    def _deltas(self, message: Json) -> Iterator[Json]:
+        """One delta for each part of a message: many clients read only one part of a delta."""
+        thinking, content = member(message, "thinking", str), member(message, "content", str)
+        if thinking:  # not OpenAI's; some clients read the one name, some the other
+            yield {"reasoning": thinking, "reasoning_content": thinking}
+        if content and "forced" in self._wanted:
+            self._text.append(content)
+        elif content:
+            yield {"content": content}
+        for call in member(message, "tool_calls", list):
+            function = member(call, "function", dict, needed=True)
+            arguments = function.get("arguments")  # a string from servers that copy Ollama
+            if not isinstance(arguments, str):
+                arguments = to_json(member(function, "arguments", dict))
+            if len(self._call_ids) < self._wanted.get("max_calls", 1 << 30):
+                yield self._tool_call(member(function, "name", str, needed=True), arguments,
+                                      member(call, "id", str))
+
+    def _logprobs(self, record: Json) -> Json:
+        """OpenAI's form, in which top_logprobs is always there."""
+        return {"refusal": None, "content": [
+            {"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
+            for token in member(record, "logprobs", list)]}
+
+    def _tool_call(self, name: str, arguments: str, call_id: str = "") -> Json:
+        """A complete call. Ollama's may lack an id or all say index 0, so we number them here."""
+        index = len(self._call_ids)
+        if not call_id or call_id in self._call_ids:
+            call_id = f"call_{self.envelope['id']}_{index}"
+        self._call_ids.add(call_id)
+        return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
+                                "function": {"name": name, "arguments": arguments}}]}
+
+    def _finish(self, record: Json, deltas: list[Json]) -> str:
+        """Return the finish_reason; note the token counts and add the delta of a forced call."""
+        # Ollama leaves prompt_eval_count out when the whole prompt was cached.
+        self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
+        if min(self.tokens) < 0:
+            raise broken_upstream(f"a negative token count in {show(to_bytes(record))}")
+        text, whole = "".join(self._text), True
+        if text.strip():
+            delta, whole = self._forced_call(text)
+            deltas.append(delta)
+        # Old versions give no reason; load and unload answer a chat without messages.
+        if record.get("done_reason") == "length" or not whole:
+            return "length"
+        return "tool_calls" if self._call_ids else "stop"
+
+    def _forced_call(self, text: str) -> tuple[Json, bool]:
+        """Turn what `format` made the model write into a call; say if it is complete.
+
+        A cut one has its arguments as far as they came; without a name it stays text.
+        """
+        try:
+            call = parse_object(text)
+            return self._tool_call(member(call, "name", str, needed=True),
+                                   to_json(member(call, "arguments", dict))), True
+        except ValueError:
+            start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
+            return (self._tool_call(start[1], text[start.end():]) if start
+                    else {"content": text}), False
+
+
+def choice(delta: Json, finish_reason: str | None = None) -> Json:
+    """Return a chunk's only choice."""
+    return {"index": 0, "delta": delta, "finish_reason": finish_reason}
+
+
+def translate(lines: Iterable[bytes], stream: ChatStream,
+              trace: Callable[[bytes], None] = lambda line: None) -> Iterator[Json]:
+    """Turn lines into choices, until the record that says done. `trace` gets each line first."""
+    for line, record in records(lines):
+        trace(line)
+        yield from stream.feed(record)
+        if stream.state == DONE:
+            return
+    raise cut_upstream('it ended before the record with "done": true')
+
+
+def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
+    """Return the chat.completion that a stream's choices add up to.
+
+    >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
+    >>> lines = [b'{"message":{"content":"H"}}', b'{"message":{"content":"i"},"done":true}']
+    >>> whole_answer(stream, translate(lines, stream))["choices"]
+    [{'index': 0, 'message': {'role': 'assistant', 'content': 'Hi'}, 'finish_reason': 'stop'}]
+    """
+    parts: dict[str, list[Any]] = {}
+    for part in choices:
+        added = {**part["delta"], "logprobs": part.get("logprobs", {}).get("content", [])}
+        for name, value in added.items():
+            parts.setdefault(name, []).extend(value if isinstance(value, list) else [value])
+    logprobs, calls = parts.pop("logprobs"), parts.pop("tool_calls", [])
+    message: Json = {name: "".join(texts) for name, texts in parts.items()}
+    if calls:  # their order in the array replaces the index
+        message["content"] = message["content"] or None
+        message["tool_calls"] = [{key: call[key] for key in call if key != "index"}
+                                 for call in calls]
+    whole: Json = {"index": 0, "message": message, "finish_reason": part["finish_reason"]}
+    if logprobs:
+        whole["logprobs"] = {"refusal": None, "content": logprobs}
+    return {**stream.with_usage([whole]), "object": "chat.completion"}
+
+
+# ---- 6. Request: OpenAI's body to Ollama's -------------------------------------------------------
+# The tables are the specification. To map another field, add a row; to refuse one, add a row with
+# refused("why"). A later row overwrites what an earlier one put in the same place, so the order of
 # the rows is the order of precedence.
 
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
     "object": (dict,), "array": (list,)}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "developer": "system"}
+EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
+           "xhigh": "max", "max": "max"}  # Ollama has fewer steps
+IMAGE_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,(.*)", re.DOTALL)
 
 
 def expect(value: Any, types: str, param: str) -> Any:
-    """The value, if it is of one of the JSON types ("string or array"); else a 400 naming it.
+    """Return the value if it has one of the JSON types, else raise a 400 that names it.
 
     >>> expect("high", "integer or string", "effort")
     'high'
@@ -412,20 +555,20 @@ def expect(value: Any, types: str, param: str) -> Any:
 
 
 def required(source: Json, name: str, types: str, where: str) -> Any:
-    """A member that must be there, of one of the types."""
-    if source.get(name) is None:
-        raise ProxyError(400, f"'{where}.{name}' is missing", f"{where}.{name}")
-    return expect(source.get(name), types, f"{where}.{name}")
+    """Return a member that must be there, of one of the types."""
+    if source.get(name) in (None, ""):
+        raise ProxyError(400, f"'{where}.{name}' is missing or empty", f"{where}.{name}")
+    return expect(source[name], types, f"{where}.{name}")
 
 
 def each(items: list[Any], param: str) -> Iterator[tuple[str, Json]]:
-    """The objects of an array, each with its name in the request: ("tools[0]", {...})."""
+    """Yield the objects of an array, each with its name in the request: ("tools[0]", {...})."""
     for i, item in enumerate(items):
         yield f"{param}[{i}]", expect(item, "object", f"{param}[{i}]")
 
 
 def one_of(choices: Json) -> Convert:
-    """A conversion that looks the value up; a 400 lists the choices."""
+    """Return a conversion that looks the value up; a 400 lists the choices."""
     def convert(value: Any, param: str) -> Any:
         if value not in choices:
             raise ProxyError(400, f"'{param}' must be one of: {', '.join(choices)}", param)
@@ -433,144 +576,104 @@ def one_of(choices: Json) -> Convert:
     return convert
 
 
+def inside(name: str, types: str, convert: Convert) -> Convert:
+    """Return a conversion of one member of an object; None if it is not there."""
+    return lambda value, param: None if value.get(name) is None else convert(
+        expect(value[name], types, f"{param}.{name}"), f"{param}.{name}")
+
+
 def refused(why: str, *harmless: Any) -> Field:
-    """A row for what can't be honoured: a 400, unless the value is empty, false or harmless."""
+    """Return a row for an unsupported field: a 400, unless it is empty, false or harmless."""
     def convert(value: Any, param: str) -> None:
         if value and value not in harmless:
             raise ProxyError(400, f"'{param}' is not supported: {why}", param)
     return "any", "", convert
 
 
-HINT: Field = ("any", "", lambda value, param: None)  # without effect on a local model
-
-RESPONSE_FORMATS = {"text": "", "json_object": "json", "json_schema": "schema"}
-ROLES = {name: name for name in ("system", "user", "assistant", "tool")}
-ROLES["developer"] = "system"
-EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
-           "xhigh": "max", "max": "max"}  # Ollama has fewer steps
+HINT: Field = ("any", "", lambda value, param: None)  # has no effect on a local model
 
 
 def to_strings(value: Any, param: str) -> list[str]:
-    """A string or an array of strings, as an array."""
+    """Turn a string or an array of strings into an array."""
     items = value if isinstance(value, list) else [value]
     return [expect(item, "string", f"{param}[{i}]") for i, item in enumerate(items)]
 
 
-def to_prompt(value: Any, param: str) -> str:
-    """The prompt of /v1/completions: a string, or an array with just one."""
-    prompts = to_strings(value, param)
-    if len(prompts) != 1:
-        raise ProxyError(400, f"'{param}' must be one string, in a request of its own", param)
-    return prompts[0]
-
-
-def to_count(value: int, param: str) -> int:
-    """How many choices; OpenAI's own limit."""
-    if not 1 <= value <= 128:
-        raise ProxyError(400, f"'{param}' must be from 1 to 128", param)
-    return value
-
-
-def to_effort(value: Json, param: str) -> Any:
-    """reasoning.effort, the newer way to say reasoning_effort."""
-    effort = value.get("effort")
-    return None if effort is None else one_of(EFFORTS)(expect(effort, "string", f"{param}.effort"),
-                                                       f"{param}.effort")
-
-
 def to_format(value: Json, param: str) -> Any:
-    """response_format to Ollama's format: "" for plain text, "json", or a JSON schema."""
-    native = one_of(RESPONSE_FORMATS)(required(value, "type", "string", param), f"{param}.type")
+    """Turn response_format into Ollama's format: "" for text, "json", or a JSON schema."""
+    kinds = {"text": "", "json_object": "json", "json_schema": "schema"}
+    native = one_of(kinds)(required(value, "type", "string", param), f"{param}.type")
     if native != "schema":
         return native
-    return required(required(value, "json_schema", "object", param), "schema", "object",
-                f"{param}.json_schema")
-
-
-def to_usage_wish(value: Json, param: str) -> bool:
-    """stream_options to whether a usage chunk is wanted."""
-    wish = value.get("include_usage")
-    return wish is not None and bool(expect(wish, "boolean", f"{param}.include_usage"))
+    wrapper = required(value, "json_schema", "object", param)
+    schema = required(wrapper, "schema", "object", f"{param}.json_schema")
+    if '"$ref":"#"' not in to_json(schema):
+        return schema
+    return {"$ref": "#/$defs/0", "$defs": {"0": move_references(schema, "#/$defs/0")}}
 
 
 def to_function_name(tool: Json, where: str) -> str:
-    """The name in {"type": "function", "function": {"name": ...}}; Ollama has no other tools."""
+    """Return the name in {"type": "function", "function": {"name": ...}}."""
     one_of({"function": True})(required(tool, "type", "string", where), f"{where}.type")
     function = required(tool, "function", "object", where)
-    name = required(function, "name", "string", f"{where}.function")
-    if not name:
-        raise ProxyError(400, f"'{where}.function.name' is empty", f"{where}.function.name")
-    return str(name)
+    expect(function.get("parameters", {}), "object", f"{where}.function.parameters")
+    return str(required(function, "name", "string", f"{where}.function"))
 
 
 def to_tools(tools: list[Any], param: str) -> list[Any]:
-    """Tools go up as they are, checked: the formats are the same."""
-    for where, tool in each(tools, param):
-        to_function_name(tool, where)
-        schema = tool["function"].get("parameters", {})
-        expect(schema, "object", f"{where}.function.parameters")
-        expect(schema.get("$defs", {}), "object", f"{where}.function.parameters.$defs")
-    return tools
-
-
-def to_image(url: str, param: str) -> str:
-    """The base64 in a data: URL. Nothing is ever fetched: whose network would that be?"""
-    match = re.fullmatch(r"data:image/(?:png|jpe?g|webp|gif);base64,(.*)", url, re.DOTALL)
-    if not match:
-        raise ProxyError(400, f"'{param}' must be a data:image/...;base64 URL of a png, jpeg, webp "
-                         "or gif; nothing is fetched", param)
-    return to_base64(match[1], param)
-
-
-def to_base64(data: str, param: str) -> str:
-    """The same text, checked."""
-    try:
-        base64.b64decode(data, validate=True)
-    except ValueError:
-        raise ProxyError(400, f"'{param}' is not valid base64", param) from None
-    return data
+    """Check the tools, which go to Ollama as they are: the formats are the same."""
+    return [tool for where, tool in each(tools, param) if to_function_name(tool, where)]
 
 
 def to_content(content: Any, param: str) -> Json:
-    """A message's content: a string, or parts, whose texts and images become one message's.
+    """Turn a string, or an array of parts, into one message's text and images.
 
-    One message a part, as Ollama's own /v1 does it, would change what the model sees.
+    Ollama's own /v1 makes one message of each part, which changes what the model sees.
     """
-    texts, images = [content] if isinstance(content, str) else [], []
-    for where, item in each([] if isinstance(content, str) else content, param):
+    if isinstance(content, str):
+        return {"content": content}
+    texts, images = [], []
+    for where, item in each(content, param):
         kind = required(item, "type", "string", where)
+        place = f"{where}.{kind}"
         if kind in ("text", "refusal"):
-            texts.append(required(item, kind, "string", where))
+            texts.append(expect(item.get(kind), "string", place))
         elif kind == "image_url":
             url = required(item, kind, "object or string", where)
-            if isinstance(url, dict):
-                url = required(url, "url", "string", f"{where}.{kind}")
-            images.append(to_image(url, f"{where}.{kind}"))
-        elif kind == "input_audio":  # which Ollama takes among the images, for models that hear
-            audio = required(item, kind, "object", where)
-            images.append(to_base64(required(audio, "data", "string", f"{where}.{kind}"), where))
+            images.append(to_image(url if isinstance(url, str) else required(
+                url, "url", "string", place), place))
         else:
-            raise ProxyError(400, f"'{where}.type' must be text, image_url or input_audio, not "
-                             f"{kind[:40]}", f"{where}.type")
+            raise ProxyError(400, f"'{where}.type' must be text or image_url, not {kind[:40]}",
+                             f"{where}.type")
     return {"content": "".join(texts), **({"images": images} if images else {})}
 
 
-def to_native_calls(calls: list[Any], param: str) -> list[Json]:
-    """Earlier tool calls: OpenAI has the arguments as a text of JSON, Ollama as an object.
+def to_image(url: str, param: str) -> str:
+    """Return the base64 data of a data: URL. The proxy never fetches anything."""
+    match = IMAGE_URL.fullmatch(url)
+    with contextlib.suppress(ValueError):
+        if match and base64.b64decode(match[1], validate=True) is not None:
+            return match[1]
+    raise ProxyError(400, f"'{param}' must be a data:image/...;base64 URL with a valid png, jpeg, "
+                     "webp or gif; the proxy never fetches images", param)
 
-    Arguments that nobody can parse (a model wrote them) become {}; Ollama would refuse the chat.
+
+def to_native_calls(calls: list[Any], param: str) -> list[Json]:
+    """Convert earlier tool calls: OpenAI's arguments are a JSON string, Ollama's an object.
+
+    Arguments that don't parse (a model wrote them) become {}; Ollama would refuse the chat.
     """
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
-        arguments = call["function"].get("arguments", {})
-        expect(arguments, "string or object", f"{where}.function.arguments")
+        arguments = expect(call["function"].get("arguments", {}), "string or object",
+                           f"{where}.function.arguments")
         if isinstance(arguments, str):
             try:
                 arguments = parse_object(arguments)
             except ValueError:
                 arguments = {}
-        native.append({"id": required(call, "id", "string", where), "function": {
+        native.append({"id": expect(call.get("id"), "string", f"{where}.id"), "function": {
             "index": len(native), "name": name, "arguments": arguments}})
     return native
 
@@ -586,7 +689,7 @@ MESSAGE_FIELDS: dict[str, Field] = {
     "name":              HINT,
     "annotations":       HINT,
     "function_call":     refused("use tool_calls"),
-    "audio":             refused("there is no earlier audio to refer to"),
+    "audio":             refused("the proxy has no earlier audio"),
 }
 
 # Ollama's options and their types: members of `options`, or fields of their own (extra_body).
@@ -598,71 +701,58 @@ OPTIONS = {**dict.fromkeys((
 
 
 def to_options(options: Json, param: str) -> Json:
-    """Ollama's options; those that are known are checked, the others may be newer than this."""
+    """Check the options whose types we know; the others may be newer than this program."""
     return {name: expect(value, OPTIONS.get(name, "any"), f"{param}.{name}")
             for name, value in options.items() if value is not None}
 
 
-COMMON_FIELDS: dict[str, Field] = {
+CHAT_FIELDS: dict[str, Field] = {
     # OpenAI's name           JSON type            Ollama's place          conversion
     "model":                 ("string",            "model",                None),
+    "messages":              ("array",             "messages",             None),
     "options":               ("object",            "options",              to_options),
     **{name: (types, f"options.{name}", to_strings if name == "stop" else None)
        for name, types in OPTIONS.items()},
     "max_tokens":            ("integer",           "options.num_predict",  None),
+    "max_completion_tokens": ("integer",           "options.num_predict",  None),
     "keep_alive":            ("string or number",  "keep_alive",           None),
     "think":                 ("boolean or string", "think",                None),
     "format":                ("string or object",  "format",               None),
+    "response_format":       ("object",            "format",               to_format),
     "truncate":              ("boolean",           "truncate",             None),
     "shift":                 ("boolean",           "shift",                None),
-    # What the answer shall be like; these stay here:
-    "stream":                ("boolean",           "reply.stream",         None),
-    "stream_options":        ("object",            "reply.include_usage",  to_usage_wish),
-    "n":                     ("integer",           "reply.n",              to_count),
-    "logit_bias":            refused("Ollama has no biases"),
-    "user":                  HINT,
-}
-
-CHAT_FIELDS: dict[str, Field] = {
-    **COMMON_FIELDS,
-    "messages":              ("array",             "messages",             None),
-    "max_completion_tokens": ("integer",           "options.num_predict",  None),
     "logprobs":              ("boolean",           "logprobs",             None),
     "top_logprobs":          ("integer",           "top_logprobs",         None),
-    "reasoning":             ("object",            "reply.effort",         to_effort),
-    "reasoning_effort":      ("string",            "reply.effort",         one_of(EFFORTS)),
-    "response_format":       ("object",            "format",               to_format),
     "tools":                 ("array",             "tools",                to_tools),
-    "tool_choice":           ("string or object",  "reply.tool_choice",    None),
-    "parallel_tool_calls":   ("boolean", "reply.max_calls", lambda v, p: None if v else 1),
+    # What the client wants of the answer; Ollama doesn't get these:
+    "stream":                ("boolean",           "wanted.stream",        None),
+    "stream_options":        ("object",            "wanted.usage",
+                              inside("include_usage", "boolean", lambda value, param: value)),
+    "reasoning":             ("object",            "wanted.effort",
+                              inside("effort", "string", one_of(EFFORTS))),
+    "reasoning_effort":      ("string",            "wanted.effort",        one_of(EFFORTS)),
+    "tool_choice":           ("string or object",  "wanted.tool_choice",   None),
+    "parallel_tool_calls":   ("boolean", "wanted.max_calls", lambda v, p: None if v else 1),
+    "n":                     refused("Ollama gives one answer per request; send more requests", 1),
     **dict.fromkeys((
-        "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
+        "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "verbosity", "service_tier"), HINT),
-    "store":                 refused("nothing is stored"),
+    "store":                 refused("the proxy stores nothing"),
+    "logit_bias":            refused("Ollama has no token biases"),
     "audio":                 refused("Ollama answers with text"),
     "modalities":            refused("Ollama answers with text", ["text"]),
-    "moderation":            refused("there is no moderation"),
-    "web_search_options":    refused("nothing is searched"),
+    "moderation":            refused("Ollama has no moderation"),
+    "web_search_options":    refused("the proxy never searches the web"),
     "functions":             refused("use tools"),
     "function_call":         refused("use tool_choice"),
-}
-
-COMPLETION_FIELDS: dict[str, Field] = {
-    **COMMON_FIELDS,
-    "prompt":                ("string or array",   "prompt",               to_prompt),
-    "suffix":                ("string",            "suffix",               None),
-    "logprobs":              ("integer",           "*", lambda v, p: {"logprobs": True,
-                                                                      "top_logprobs": v}),
-    "echo":                  refused("the prompt is not repeated"),
-    "best_of":               refused("there is one try for each choice", 1),
 }
 
 
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that gives several. A conversion that
-    gives None puts nothing. A field that is null counts as not sent, as OpenAI has it.
+    A place is a name, `group.name`, or * for a conversion that returns several. A conversion that
+    returns None puts nothing. A null field counts as not sent, as in OpenAI's API.
 
     >>> target = {"options": {}}
     >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
@@ -682,9 +772,9 @@ def map_fields(table: dict[str, Field], source: Json, target: Json, where: str =
 
 
 def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
-    """OpenAI's messages to Ollama's: as many, in the same order."""
+    """Convert messages one for one, in the same order."""
     native: list[Json] = []
-    called: dict[str, str] = {}  # the id of each tool call so far, and the function's name
+    called: dict[str, str] = {}  # the id of each tool call so far -> the function's name
     for where, message in each(messages, "messages"):
         required(message, "role", "string", where)
         native.append({"content": ""})
@@ -697,35 +787,38 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     return native
 
 
-def choose_tools(native: Json, choice: Any, reply: Json) -> None:
-    """tool_choice: which of the tools go up, or which function's call is forced."""
-    tools = native.pop("tools", [])
-    names, mode = [tool["function"]["name"] for tool in tools], choice
-    if isinstance(choice, dict):
-        mode, where = "required", "tool_choice.allowed_tools"
-        if choice.get("type") == "allowed_tools":
-            allowed = required(choice, "allowed_tools", "object", "tool_choice")
+def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
+    """Obey tool_choice: leave the tools it allows, or force a call of one of them."""
+    tools, where = native.pop("tools", []), "tool_choice.allowed_tools"
+    if isinstance(mode, dict):
+        if mode.get("type") == "allowed_tools":
+            allowed = required(mode, "allowed_tools", "object", "tool_choice")
+            listed = each(required(allowed, "tools", "array", where), f"{where}.tools")
+            chosen = {to_function_name(tool, place) for place, tool in listed}
             mode = required(allowed, "mode", "string", where)
-            wanted = each(required(allowed, "tools", "array", where), f"{where}.tools")
-            chosen = {to_function_name(tool, place) for place, tool in wanted}
         else:
-            chosen = {to_function_name(choice, "tool_choice")}
-        if not chosen <= set(names):
-            raise ProxyError(400, "'tool_choice' has a name that is not in 'tools'", "tool_choice")
-        tools = [tool for tool, name in zip(tools, names) if name in chosen]
-    mode = one_of({name: name for name in ("none", "auto", "required")})(mode, "tool_choice")
+            chosen, mode = {to_function_name(mode, "tool_choice")}, "required"
+        tools = [tool for tool in tools if tool["function"]["name"] in chosen]
+        if len({tool["function"]["name"] for tool in tools}) < len(chosen):
+            raise ProxyError(400, "'tool_choice' names a function that is not in 'tools'",
+                             "tool_choice")
+    one_of(dict.fromkeys(("none", "auto", "required")))(mode, "tool_choice")
     if mode == "required":
         if not tools:
-            raise ProxyError(400, "'tool_choice' wants a call, but leaves no tools", "tool_choice")
-        force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools}, reply)
+            raise ProxyError(400, "'tool_choice' requires a call, but there are no tools",
+                             "tool_choice")
+        force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools})
+        wanted.update(forced=True, schema="tools")
     elif mode == "none":
-        reply["max_calls"] = 0  # some models call tools that they have only read about
+        wanted["max_calls"] = 0  # some models call tools that they have only read about
     elif tools:
         native["tools"] = tools
 
 
-def move_references(schema: Any, root: str) -> Any:
-    """A JSON schema for another place: what it says of its own root ("#") it says of `root`.
+def move_references(schema: Any, root: str, named: bool = False) -> Any:
+    """Rewrite a JSON schema for another place: references to its root ("#") now go to `root`.
+
+    `named` says that the members' names are the client's own, not JSON Schema's.
 
     >>> move_references({"items": {"$ref": "#/$defs/T"}}, "#/$defs/0")
     {'items': {'$ref': '#/$defs/0/$defs/T'}}
@@ -734,1777 +827,1123 @@ def move_references(schema: Any, root: str) -> Any:
         return [move_references(item, root) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    return {name: root + value[1:] if name == "$ref" and isinstance(value, str) and value[:1] == "#"
-            else value if name in ("const", "enum", "default", "examples")
-            else move_references(value, root) for name, value in schema.items()}
+    moved = {}
+    for name, value in schema.items():
+        if not named and name == "$ref" and isinstance(value, str) and value[:1] == "#":
+            moved[name] = root + value[1:]
+        elif not named and name in ("const", "enum", "default", "examples"):
+            moved[name] = value
+        else:
+            moved[name] = move_references(value, root, not named and name in (
+                "properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+    return moved
 
 
-def force_call(native: Json, functions: Json, reply: Json) -> None:
-    """Make the model call one of the functions, which Ollama itself can't be asked for.
+def force_call(native: Json, functions: Json) -> None:
+    """Make the model call one of the functions, which Ollama can't do itself.
 
-    No tools go up (so it works with models that know none). Instead `format` lets the model write
-    nothing but the arguments, or {"name", "arguments"} where there are several functions, and a
-    last line tells it what to do. ChatStream makes the text a call again.
+    Ollama gets no tools, so this also works for models without tool support. Instead, `format`
+    lets the model write nothing but {"name", "arguments"}, and a last system message says what to
+    fill in. ChatStream turns the text back into a call.
     """
-    schemas, definitions, single = [], {}, len(functions) == 1
+    calls, definitions = [], {}
     for i, (name, function) in enumerate(functions.items()):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
-        if not single:
-            if '"$ref":"#' in to_json(schema):  # which counts from the root of what is sent
-                definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
-                schema = {"$ref": f"#/$defs/{i}"}
-            schema = {"type": "object", "required": ["name", "arguments"],
-                      "properties": {"name": {"const": name}, "arguments": schema}}
-        schemas.append(schema)
-    several = {"anyOf": schemas, **({"$defs": definitions} if definitions else {})}
-    native["format"] = schemas[0] if single else several
+        definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
+        calls.append({"type": "object", "required": ["name", "arguments"], "properties": {
+            "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}})
+    native["format"] = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}),
+                        "$defs": definitions}
     native["messages"].append({"role": "system", "content": (
-        "Call this function: answer with its arguments, as JSON." if single else
-        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.')
-        + "".join("\n" + to_json(function) for function in functions.values())})
-    reply["forced"] = next(iter(functions)) if single else ""
+        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.'
+        + "".join("\n" + to_json(function) for function in functions.values()))})
 
 
 class NativeRequest(NamedTuple):
-    """A request as it goes up, and what was asked of the answer."""
+    """The body for POST /api/chat, and what the client wants of the answer."""
 
-    path: str
     body: Json
-    reply: Json  # stream, include_usage, n, effort, max_calls, forced: each if sent
-    ignored: list[str]  # fields that nothing was done with
-
-
-def to_native(table: dict[str, Field], path: str, body: Json, truncate: bool) -> NativeRequest:
-    """What both translated routes have in common. Raises ProxyError 400 with the field's name.
-
-    Ollama is always asked to stream: a whole answer is put together from the pieces, so that
-    both have one way to fail. By itself Ollama cuts a prompt that does not fit without a word;
-    truncate: false makes that an error. `shift` is not sent by itself: one that differs from the
-    loaded model's makes Ollama load the model anew.
-    """
-    for name in ("model", "messages" if "messages" in table else "prompt"):
-        if body.get(name) is None or name == "model" and body[name] == "":
-            raise ProxyError(400, f"'{name}' is missing", name)
-    native: Json = {"options": {}, "reply": {}, "stream": True, "truncate": truncate}
-    ignored = map_fields(table, body, native)
-    reply = native.pop("reply")
-    if "effort" in reply:
-        native["think"] = reply["effort"]
-    return NativeRequest(path, native, reply, ignored)
+    wanted: Json  # stream, usage, effort, max_calls, forced, schema, num_ctx: each if it applies
+    ignored: list[str]  # fields that had no effect
 
 
 def to_ollama_chat(body: Json, truncate: bool = False) -> NativeRequest:
-    """The body of POST /v1/chat/completions to that of POST /api/chat."""
-    request = to_native(CHAT_FIELDS, "/api/chat", body, truncate)
-    request.body["messages"] = to_native_messages(request.body["messages"], request.ignored)
-    choose_tools(request.body, request.reply.pop("tool_choice", "auto"), request.reply)
-    return request
+    """Translate the body of POST /v1/chat/completions. Raises ProxyError 400 naming the field.
 
-
-def to_ollama_generate(body: Json, truncate: bool = False) -> NativeRequest:
-    """The body of POST /v1/completions to that of POST /api/generate."""
-    return to_native(COMPLETION_FIELDS, "/api/generate", body, truncate)
-
-
-# ---- 6. Stream: Ollama's records to OpenAI's chunks --------------------------------------------
-# A chunk is an envelope, the same all through a stream, around one choice with its delta. A state
-# machine makes the choices. A record after DONE or FAILED is a breach of protocol; an end of the
-# input in any state but DONE is a cut.
-#
-#     START --record--> STREAMING --record with "done": true--> DONE
-#     START or STREAMING --record with "error", or none that makes sense--> FAILED
-
-START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
-
-
-class ChatStream:
-    """Records of POST /api/chat in, the choices of chat.completion.chunk objects out.
-
-    `index` is this choice's number among n; `reply` is what was asked of the answer
-    (NativeRequest.reply).
-
-    >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
-    >>> for choice in stream.feed({"message": {"content": "Hi"}, "done": False}):
-    ...     print(choice["delta"])
-    {'role': 'assistant', 'content': ''}
-    {'content': 'Hi'}
-    >>> for choice in stream.feed({"done": True, "done_reason": "stop"}):
-    ...     print(choice)
-    {'index': 0, 'delta': {}, 'finish_reason': 'stop'}
+    Ollama is always asked to stream; the proxy adds the pieces up to a whole answer. By default
+    Ollama silently cuts a prompt that is too long; `truncate: false` makes that an error. We never
+    add `shift`: a value that differs from the loaded model's makes Ollama reload it.
     """
+    for name in ("model", "messages"):
+        if body.get(name) in (None, ""):
+            raise ProxyError(400, f"'{name}' is missing", name)
+    native: Json = {"options": {}, "wanted": {}, "stream": True, "truncate": truncate}
+    try:
+        ignored = map_fields(CHAT_FIELDS, body, native)
+        wanted = native.pop("wanted")
+        native["messages"] = to_native_messages(native["messages"], ignored)
+        wanted["schema"] = "response_format" if body.get("response_format") or not body.get(
+            "format") else "format"
+        choose_tools(native, wanted.pop("tool_choice", "auto"), wanted)
+    except RecursionError:
+        raise ProxyError(400, "the body is nested too deeply") from None
+    if "effort" in wanted:
+        native["think"] = wanted["effort"]
+    wanted["num_ctx"] = native["options"].get("num_ctx", 0)
+    return NativeRequest(native, wanted, ignored)
 
-    kind = "chat.completion.chunk"
-    id_prefix = "chatcmpl-"
 
-    def __init__(self, model: str, stream_id: str, created: int, reply: Json | None = None,
-                 index: int = 0) -> None:
-        self.state = START
-        self.tokens = 0, 0  # of the prompt and of the answer, known once it is DONE
-        self.envelope = {"id": stream_id, "object": self.kind, "created": created, "model": model,
-                         "system_fingerprint": "fp_ollama"}
-        self.index, reply = index, reply or {}
-        self._opened = False  # has the role been said?
-        # None: no call is forced; a name: of that function; "": of one of several
-        self._forced = reply.get("forced")
-        self._max_calls = reply.get("max_calls", 1 << 30)
-        self._call_ids: set[str] = set()  # of the tool calls sent so far
-        self._text: list[str] = []  # of a forced call, until it is whole
+# ---- 7. Waiting for Ollama -----------------------------------------------------------------------
+# A request's thread waits in one place, PatientReader, from which http.client reads the answer.
+# Before a wait it sends what it has. After each tick of silence it may send a heartbeat, or raise:
+# the exception unwinds through http.client and closes the connection, and Ollama stops working.
 
-    def feed(self, record: Json) -> list[Json]:
-        """One record to its choices. Raises ProxyError for an error record or a malformed one."""
-        before, self.state = self.state, FAILED  # until this record has turned out well
-        if before in (DONE, FAILED):
-            raise broken_upstream(f"a record after the stream was {before}")
-        if "error" in record:  # {"error": "the model runner has died"}
-            raise upstream_error(record["error"])
-        done = member(record, "done", bool)
-        deltas = list(self._deltas(record))
-        reason = self._finish(record, deltas) if done else None
-        logprobs = self._logprobs(record) if record.get("logprobs") else None
-        self.state = DONE if done else STREAMING
-        choices = self._opening()
-        if logprobs:
-            deltas = deltas or [{"content": ""}]
-            choices.append(self._choice(deltas.pop(0), logprobs=logprobs))
-        choices += [self._choice(delta) for delta in deltas]
-        return choices + ([self._choice({}, reason)] if reason else [])
+NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 
-    def heartbeat(self) -> list[Json]:
-        """What to send while Ollama is silent: an empty delta, so that nobody gives up.
 
-        Not an SSE comment: LangChain gives up after 120 s without a chunk, and Continue takes a
-        comment for the end of the stream.
-        """
-        return self._opening() + [self._choice({})]
+class Patience:
+    """What to do before a wait for Ollama and during it. Reply, in section 9, does more."""
+
+    def __init__(self, stopping: Callable[[], bool], idle_timeout: float) -> None:
+        self._stopping, self._idle_timeout = stopping, idle_timeout
+        self._deadline = 0.0
+
+    def before(self) -> None:
+        """Called before each wait."""
+        self._check_stop()  # here, too: a fast stream is never silent
+        self._deadline = time.monotonic() + self._idle_timeout
+
+    def silence(self) -> None:
+        """Called after each tick of silence. Raises ProxyError 503 or 504 to end the wait."""
+        self._check_stop()
+        if time.monotonic() > self._deadline:
+            raise ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
+                             "(--idle-timeout)", code="upstream_timeout")
+
+    def _check_stop(self) -> None:
+        if self._stopping():
+            raise ProxyError(503, "the proxy stopped before the answer was complete",
+                             code="proxy_stopped")
+
+
+class PatientReader(io.RawIOBase):
+    """The raw side of the buffered reader that http.client reads an answer from."""
+
+    def __init__(self, sock: socket.socket, original: io.IOBase, patience: Patience) -> None:
+        # http.client may close its socket early; the socket lives as long as the original file.
+        self._sock, self._original, self._patience = sock, original, patience
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Wait for bytes, with the socket's timeout as the tick. Raises ProxyError."""
+        self._patience.before()
+        while True:
+            try:
+                return self._sock.recv_into(buffer)
+            except socket.timeout:
+                self._patience.silence()
+            except OSError as error:
+                raise cut_upstream(type(error).__name__) from error
 
     def close(self) -> None:
-        """The input has ended: was the answer whole? Raises ProxyError 502 if it was not."""
-        if self.state != DONE:
-            raise cut_upstream("it ended before the record that says done")
-
-    def _opening(self) -> list[Json]:
-        """The role, before everything else and only once."""
-        opened, self._opened = self._opened, True
-        return [] if opened else [self._choice({"role": "assistant", "content": ""})]
-
-    def _choice(self, delta: Json, finish_reason: str | None = None,
-                logprobs: Json | None = None) -> Json:
-        choice: Json = {"index": self.index, "delta": delta, "finish_reason": finish_reason}
-        if logprobs:
-            choice["logprobs"] = logprobs
-        return choice
-
-    def _deltas(self, record: Json) -> Iterator[Json]:
-        """The parts of a record, a delta each: many clients look at one part of a delta only."""
-        message = self._message(record)
-        thinking = "thinking" in message and member(message, "thinking", str)
-        content = member(message, "content", str)
-        if thinking:  # not OpenAI's: some clients read the one name, some the other
-            yield {"reasoning": thinking, "reasoning_content": thinking}
-        if content and self._forced is not None:
-            self._text.append(content)
-        elif content:
-            yield {"content": content}
-        for call in member(message, "tool_calls", list) if "tool_calls" in message else ():
-            function = member(call, "function", dict, needed=True)
-            if len(self._call_ids) < self._max_calls:
-                arguments = function.get("arguments")  # a text already, from some that copy Ollama
-                arguments = arguments if isinstance(arguments, str) else member(
-                    function, "arguments", dict)
-                yield self._tool_call(member(function, "name", str, needed=True), arguments,
-                                      member(call, "id", str))
-
-    def _message(self, record: Json) -> Any:
-        return member(record, "message", dict, needed=not record.get("done"))
-
-    def _logprobs(self, record: Json) -> Json:
-        """OpenAI's form, in which top_logprobs is always there."""
-        return {"refusal": None, "content": [
-            {"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
-            for token in member(record, "logprobs", list)]}
-
-    def _tool_call(self, name: str, arguments: Any, call_id: str = "") -> Json:
-        """A call, whole. Ollama's may lack an id, or all say index 0; so they are numbered here."""
-        index = len(self._call_ids)
-        if not call_id or call_id in self._call_ids:
-            call_id = f"call_{self.envelope['id']}_{self.index}_{index}"
-        self._call_ids.add(call_id)
-        text = arguments if isinstance(arguments, str) else to_json(arguments)
-        return {"tool_calls": [{"index": index, "id": call_id, "type": "function",
-                                "function": {"name": name, "arguments": text}}]}
-
-    def _finish(self, record: Json, deltas: list[Json]) -> str:
-        """The finish_reason. Counts the tokens, and adds the delta of a forced call."""
-        # prompt_eval_count is left out when the whole prompt was cached.
-        self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
-        text = "".join(self._text)
-        whole = True
-        if text.strip():
-            delta, whole = self._forced_call(text)
-            deltas.append(delta)
-        # No reason (from old Ollamas), load and unload (for no messages) are all a "stop".
-        if record.get("done_reason") == "length" or not whole:
-            return "length"
-        return "tool_calls" if self._call_ids else "stop"
-
-    def _forced_call(self, text: str) -> tuple[Json, bool]:
-        """The text that `format` made the model write, as a call, and whether that is whole.
-
-        One that was cut gives the arguments as far as they came; without a name it stays text.
-        """
-        try:
-            call = parse_object(text)
-            if self._forced:
-                call = {"name": self._forced, "arguments": call}
-            return self._tool_call(member(call, "name", str, needed=True),
-                                   member(call, "arguments", dict)), True
-        except ValueError:
-            start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
-            if self._forced:
-                return self._tool_call(self._forced, text), False
-            return (self._tool_call(start[1], text[start.end():]) if start
-                    else {"content": text}), False
+        """Close the socket, too. Ollama sees that and stops."""
+        self._original.close()
+        super().close()
 
 
-class TextStream(ChatStream):
-    """The same for POST /v1/completions: records of /api/generate to text_completion chunks."""
-
-    kind = "text_completion"
-    id_prefix = "cmpl-"
-
-    def _opening(self) -> list[Json]:
-        return []
-
-    def _choice(self, delta: Json, finish_reason: str | None = None,
-                logprobs: Json | None = None) -> Json:
-        choice = super()._choice(delta, finish_reason, logprobs)
-        text = choice.pop("delta").pop("content", "")  # what is left of a delta is reasoning
-        choice.update(delta, text=text, logprobs=logprobs)
-        return choice
-
-    def _message(self, record: Json) -> Any:
-        return {"content": member(record, "response", str, needed=not record.get("done")),
-                "thinking": record.get("thinking")}
-
-    def _logprobs(self, record: Json) -> Json:
-        """The old form: parallel arrays."""
-        tokens = member(record, "logprobs", list)
-        return {"tokens": [member(t, "token", str) for t in tokens],
-                "token_logprobs": [t.get("logprob") for t in tokens],
-                "top_logprobs": [{member(top, "token", str): top.get("logprob")
-                                  for top in member(t, "top_logprobs", list)} for t in tokens]}
+def ask(step: Callable[..., Any], *arguments: Any) -> Any:
+    """Call http.client; whatever it raises for a bad answer becomes a ProxyError."""
+    try:
+        return step(*arguments)
+    except (http.client.RemoteDisconnected, http.client.IncompleteRead) as error:
+        raise cut_upstream(str(error)) from error
+    except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+            OverflowError) as error:  # from odd headers, which an e-mail parser reads, and chunks
+        raise broken_upstream(f"{type(error).__name__} {error}"[:200]) from error
 
 
-def count_tokens(streams: list[ChatStream]) -> tuple[int, int]:
-    """The tokens of all prompts and all answers."""
-    return sum(s.tokens[0] for s in streams), sum(s.tokens[1] for s in streams)
+def body_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body; http.client removes the chunked coding and joins split lines."""
+    return iter(functools.partial(ask, response.readline, MAX_LINE_BYTES + 1), b"")
 
 
-def with_usage(streams: list[ChatStream], choices: list[Json]) -> Json:
-    """A chunk with the tokens of all choices: the last one of a stream, if it is wanted."""
-    prompt, completion = count_tokens(streams)
-    return {**streams[0].envelope, "choices": choices, "usage": {
-        "prompt_tokens": prompt, "completion_tokens": completion,
-        "total_tokens": prompt + completion}}
+def body_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
+    """Yield a body as it arrives. Raises ProxyError 502 if it is cut."""
+    yield from iter(functools.partial(ask, response.read1, SLICE_BYTES), b"")
+    if response.length:
+        raise cut_upstream(f"{response.length} bytes are missing")
 
 
-def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
-    """A member of an upstream's object; its type's empty value if it is null or not there.
-
-    Raises ProxyError 502 for another type, or if it is needed and not there.
-    """
-    value = record.get(name) if isinstance(record, dict) else None
-    if isinstance(value, kind):
-        return value
-    if value is None and isinstance(record, dict) and not needed:
-        return kind()
-    raise broken_upstream(f"no {kind.__name__} {name!r} in {show(to_bytes(record))}")
+def read_whole(response: http.client.HTTPResponse) -> bytes:
+    """Read a body in one piece. Raises ProxyError 502 if it is cut, or too large to keep."""
+    return b"".join(at_most(MAX_BODY_BYTES, body_pieces(response)))
 
 
-def add_up(total: Json, more: Json) -> Json:
-    """Add a choice of a chunk to the choice of the whole answer: texts and arrays grow."""
-    for name, value in more.items():
-        if isinstance(value, dict):
-            total[name] = add_up(total.get(name) or {}, value)
-        elif isinstance(value, (str, list)) and total.get(name):
-            grown = total.pop(name)  # out of the dict, so that CPython may extend it in place
-            grown += value
-            total[name] = grown
-        elif value is not None or name not in total:
-            total[name] = value
-    return total
-
-
-def fold_choices(choices: Iterable[Json]) -> list[Json]:
-    """The choices of a whole answer: those of a stream's chunks, added up by their index.
-
-    >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
-    >>> records = [{"message": {"content": "H"}}, {"message": {"content": "i"}, "done": True}]
-    >>> fold_choices(choice for record in records for choice in stream.feed(record))
-    [{'index': 0, 'message': {'role': 'assistant', 'content': 'Hi'}, 'finish_reason': 'stop'}]
-    """
-    folded: dict[int, Json] = {}
-    for choice in choices:
-        choice = {{"delta": "message"}.get(name, name): choice[name] for name in choice}
-        add_up(folded.setdefault(choice["index"], {}), choice)
-    for choice in folded.values():
-        message = choice.get("message", {})
-        for call in message.get("tool_calls", ()):
-            del call["index"]  # the order in the array says it
-        if "tool_calls" in message:
-            message["content"] = message["content"] or None
-    return list(folded.values())
-
-
-def whole_answer(streams: list[ChatStream], choices: Iterable[Json]) -> Json:
-    """A chat.completion, which is what its stream adds up to."""
-    folded = fold_choices(choices)  # and with that, the streams have counted their tokens
-    return {**with_usage(streams, folded), "object": streams[0].kind.replace(".chunk", "")}
-
-
-def chunk_framer(envelope: Json) -> Callable[[Json], bytes]:
-    r"""A function that makes the frame of a choice. The envelope is serialised only here.
-
-    >>> chunk_framer({"id": "chatcmpl-1"})({"index": 0, "delta": {}})
-    b'data: {"id":"chatcmpl-1","choices":[{"index":0,"delta":{}}]}\n\n'
-    """
-    head = b"data: " + to_bytes({**envelope, "choices": []})[:-2]  # all but the ]} at its end
-    return lambda choice: b"%b%b]}\n\n" % (head, to_bytes(choice))
-
-
-# The three together. The record that says done makes an answer whole; what comes after it is not
-# read. If the body ends before it, that is a cut, however clean HTTP's own end was.
-
-
-def read_records(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
-    """All lines of a body, each with its record."""
-    decoder = NdjsonDecoder()
+def at_most(limit: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the same pieces. Raises ProxyError 502 if they are too large to keep."""
     for piece in pieces:
-        yield from decoder.feed(piece)
-    yield from decoder.close()
+        limit -= len(piece)
+        if limit < 0:
+            raise broken_upstream("an answer too long to collect; stream it")
+        yield piece
 
 
-def translate(pieces: Iterable[bytes], stream: ChatStream,
-              trace: Callable[[bytes], None] | None = None) -> Iterator[Json]:
-    """Bytes to records to choices, until the record that says done; what follows it is not read.
+def read_object(response: http.client.HTTPResponse) -> Json:
+    """Read a JSON answer in one piece. Raises Ollama's refusal as a ProxyError."""
+    if response.status != 200:
+        raise refusal(response)
+    try:
+        return parse_object(read_whole(response))
+    except ValueError as error:
+        raise broken_upstream(f"not a JSON object: {error}") from None
 
-    `trace` gets each line before its choices come.
+
+def refusal(response: http.client.HTTPResponse, wanted: Json | None = None) -> ProxyError:
+    """Return what Ollama says under another status than 200: {"error": "text"}, as a rule."""
+    body = read_whole(response)
+    try:
+        error = upstream_error(parse_object(body), max(response.status, 400), wanted)
+    except ValueError:  # "404 page not found", a redirect, or another program's HTML
+        error = broken_upstream(f"status {response.status}, {show(body)}. Is that an Ollama?")
+    error.headers = retry_after(response)
+    return error
+
+
+def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
+    """Return Ollama's Retry-After header, if there is one."""
+    value = response.getheader("Retry-After", "")
+    return [("Retry-After", value)] if re.fullmatch("[ -~]+", value) else []
+
+
+def media_type(response: http.client.HTTPResponse) -> str:
+    """Return the Content-Type without its parameters."""
+    return response.getheader("Content-Type", "").partition(";")[0].strip().lower()
+
+
+class Upstream:
+    """An Ollama at a URL."""
+
+    def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
+        self.url = url
+        # 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is not an address to connect to.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname or "", url.hostname or "")
+        # All connections share the TLS context, which takes long to make.
+        self._connection: Callable[[], http.client.HTTPConnection] = functools.partial(
+            http.client.HTTPSConnection, host, url.port, timeout=CONNECT_SECONDS,
+            context=ssl.create_default_context()) if url.scheme == "https" else functools.partial(
+            http.client.HTTPConnection, host, url.port, timeout=CONNECT_SECONDS)
+        self._headers = {"Connection": "close", **(
+            {"Authorization": f"Bearer {api_key}"} if api_key else {})}
+
+    @contextlib.contextmanager
+    def request(self, patience: Patience, method: str, path: str, body: bytes | None = None,
+                headers: Json | None = None) -> Iterator[http.client.HTTPResponse]:
+        """Send a request; yield the response once its head is there, which can take minutes.
+
+        Each request has its own connection: closing it tells Ollama to stop. Raises ProxyError
+        502 if there is no Ollama or no proper answer, 503 if descriptors run out, and whatever
+        `patience` raises.
+        """
+        def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
+            response = http.client.HTTPResponse(sock, *args, **kwargs)
+            response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
+            return response
+
+        with contextlib.closing(self._connection()) as connection:
+            self._connect(connection)
+            connection.response_class = patient_response  # type: ignore[assignment]
+            try:
+                connection.request(method, self.url.path + path, body, {
+                    "Content-Type": "application/json", **(headers or {}), **self._headers})
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # Ollama may refuse a large body, and hang up, before all of it is sent
+            except OSError as error:
+                raise cut_upstream(type(error).__name__) from error
+            connection.sock.settimeout(TICK_SECONDS)
+            with contextlib.closing(ask(connection.getresponse)) as response:
+                framing = [response.getheader("Transfer-Encoding", "chunked").lower(),
+                           response.getheader("Content-Length", "0")]
+                if response.status < 200 or not re.fullmatch("chunked [0-9]{1,18}",
+                                                             " ".join(framing)):
+                    raise broken_upstream(f"status {response.status}, {framing}"[:200])
+                yield response
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        try:
+            connection.connect()
+        except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
+            if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
+                raise ProxyError(503, "the proxy has no file descriptors left", code="proxy_busy",
+                                 headers=[("Retry-After", "1")]) from error
+            raise ProxyError(
+                502, "can't reach Ollama; is it running (`ollama serve`), and is the proxy's "
+                "--upstream right?", code="upstream_unreachable",
+                detail=f"{self.url.geturl()}: {error}") from error
+        connection.sock.settimeout(CLIENT_SECONDS)
+
+
+SSE_ENDS = (b"data: [DONE]", b"event: message_stop", b"event: response.completed",
+            b"event: response.incomplete", b"event: response.failed", b"event: error")
+TOKEN_COUNTS = {name: re.compile(b'"(?:' + names + rb')": ?(\d{1,9})[,}\s]') for name, names in (
+    ("prompt_tokens", b"prompt_eval_count|input_tokens|prompt_tokens"),
+    ("completion_tokens", b"eval_count|output_tokens|completion_tokens"))}
+
+
+class EndMarks:
+    """Watches an answer pass through: has it said that it is complete, and how many tokens?
+
+    When its model runner dies, Ollama ends some streams as if they were complete. Only complete
+    lines count: the text of an answer may contain anything that looks like an end mark.
     """
-    for line, record in read_records(pieces):
-        if trace:
-            trace(line)
-        yield from stream.feed(record)
-        if stream.state == DONE:
-            return
-    stream.close()
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.failed, self.empty = kind, False, True
+        self.counts: Json = {}
+        self._ended = kind not in (NDJSON, SSE)  # other bodies have only HTTP's end
+        self._last_event = False  # whether the present event is the last one
+        self._line = bytearray()  # the last line so far
+
+    def feed(self, data: bytes) -> None:
+        """Take a piece of the body. Raises ProxyError 502 for a line that never ends."""
+        self._line += data
+        self.empty = False
+        if self.kind not in (NDJSON, SSE):
+            self._line = self._line[-TAIL_BYTES:]
+        elif b"\n" in data:
+            *lines, self._line = self._line.split(b"\n")
+            for line in lines:
+                self._see(line.rstrip(b"\r"))
+        elif len(self._line) > MAX_BODY_BYTES:
+            raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
+
+    def close(self) -> bool:
+        """The body has ended; return whether it was complete."""
+        if self._line:
+            self._see(self._line)
+        return self._ended
+
+    def _see(self, line: bytearray) -> None:
+        for name, pattern in TOKEN_COUNTS.items():
+            for count in pattern.findall(line[-TAIL_BYTES:])[-1:]:
+                self.counts[name] = int(count)
+        if self.kind == SSE:
+            if line in SSE_ENDS:
+                self._last_event, self.failed = True, self.failed or line in SSE_ENDS[-2:]
+            self._ended = self._ended or self._last_event and not line
+        elif self.kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
+            with contextlib.suppress(ValueError):
+                record = parse_object(bytes(line))
+                self.failed = self.failed or "error" in record
+                self._ended = self._ended or self.failed or record.get("done") is True
 
 
-def raw_frames(pieces: Iterable[bytes], needs_done: bool) -> Iterator[bytes]:
-    """The lesson's smallest form: each NDJSON line, unchanged, is one frame; then [DONE].
+# ---- 8. Authenticate, shape, observe -------------------------------------------------------------
+# What the proxy adds to Ollama: three small classes, each with one method that has the name and the
+# signature of its hook. A function of that name in the --hooks file replaces the first, runs before
+# the second and after the third.
 
-    After a line that is an error the stream just ends. Raises ProxyError 502 if no line says done
-    where one must (/api/chat and /api/generate).
+
+def printable(text: str) -> str:
+    r"""Escape everything that a terminal might obey.
+
+    >>> printable("a\x1b[2J\nb")
+    'a\\x1b[2J\\nb'
     """
-    for line, record in read_records(pieces):
-        yield sse_event(line)
-        if "error" in record:
-            return
-        if needs_done and member(record, "done", bool):
-            break
-    else:
-        if needs_done:
-            raise cut_upstream("it ended before the record that says done")
-    yield SSE_DONE
+    return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
-# ---- 7. Authenticate, shape, observe: what the proxy is for, each with its hook ----------------
-# Who may call; what is sent on; what happened. Here is what needs no connection; the three places
-# that use it are ProxyHandler.authenticate(), shape() and observe(), and each has a hook.
+class Log:
+    """Lines on stderr. If nobody reads them, they are dropped and counted: answers must go on."""
+
+    def __init__(self) -> None:
+        self._lock, self._dropped = threading.Lock(), 0
+
+    def say(self, text: str) -> None:
+        """Write a line, or several."""
+        with self._lock, contextlib.suppress(OSError, ValueError, AttributeError):
+            file = sys.stderr.fileno()  # AttributeError: a program without a console has none
+            if self._dropped:
+                text = f"({self._dropped} lines of this log were dropped: nobody read it)\n{text}"
+            data = (text + "\n").encode("ascii", "backslashreplace")
+            size = getattr(select, "PIPE_BUF", len(data))  # fits if select() says so; not Windows
+            self._dropped += 1
+            while data:
+                if os.name != "nt" and not select.select([], [file], [], 0)[1]:
+                    return
+                data = data[os.write(file, data[:size]):]
+            self._dropped = 0
+
+
+say = Log().say
+
+
+def say_traceback() -> None:
+    """Log the current exception, each line indented: it may quote what a client sent."""
+    for line in ["error, by the proxy or by a hook:", *traceback.format_exc().splitlines()]:
+        say("    " + printable(line))
+
+
+def load_hooks(path: str) -> Json:
+    """Return the hooks in a Python file. Many threads will call them at the same time."""
+    # So that `from ndjson_sse_proxy import ProxyError` in a hooks file finds this program.
+    sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
+    names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
+    hooks = {name: names[name] for name in names if name in ("authenticate", "shape", "observe")}
+    if path and not hooks:  # a misspelt name must not leave the door open
+        raise ValueError(f"{path} defines none of authenticate, shape and observe")
+    return hooks
 
 
 def parse_key(line: str) -> tuple[str, str]:
-    """[NAME:]KEY to its name and key.
+    """Split [NAME:]KEY.
 
     >>> parse_key("alice:sk-0123456789"), parse_key("sk-0123456789")
     (('alice', 'sk-0123456789'), ('', 'sk-0123456789'))
     """
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
-        raise ValueError("a key must be [NAME:]KEY, the key of 8 to 200 visible ASCII characters; "
-                         "no blanks, and comments on lines of their own")
+        raise ValueError("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
+                         "without spaces; a comment needs its own line")
     return name, key
 
 
 class Keys:
-    """Who may call: keys from the command line, and from a file that is read anew if it changes."""
+    """API keys from the command line, and from a file that is re-read when it changes."""
 
-    def __init__(self, given: Iterable[tuple[str, str]], path: str) -> None:
-        self._given, self._path = list(given), path
-        self._stamp: object = "never read"  # of the file as it was read last
-        self._digests: list[tuple[str, bytes]] = []
-        self._load()
+    def __init__(self, given: list[tuple[str, str]], path: str) -> None:
+        self._given, self._path, self._lock = list(given), path, threading.Lock()
+        self._stamp: object = None  # of the file when it was read
+        self._warning = ""  # the last one, which is given once
+        self._store([])
+        if path and not self._read():
+            raise ValueError(f"{path} has no keys")
 
-    def __bool__(self) -> bool:
-        """Are keys asked for? Also when the file has none left: then nobody may call."""
-        return bool(self._given or self._path)
+    def owner(self, key: str) -> str | None:
+        """Return the name of the key's owner, or None."""
+        warning = ""
+        with self._lock:  # or a slower thread could store an older version last
+            try:
+                if self._path:
+                    self._read()
+            except (OSError, ValueError) as error:
+                warning = f"warning: the previous keys stay valid: {printable(str(error))}"
+            if warning not in ("", self._warning):
+                say(warning)
+            self._warning = warning
+        return self.owners.get(hashlib.sha256(key.encode("utf-8", "replace")).digest())
 
-    def __len__(self) -> int:
-        return len(self._digests)
-
-    def caller(self, presented: str) -> str | None:
-        """The name of a key's owner, or None. Takes the same time for each wrong key."""
-        try:
-            self._load()
-        except (OSError, ValueError) as error:
-            say(f"warning: the old keys stay in force: {error}")
-        digest = hashlib.sha256(presented.encode("utf-8", "replace")).digest()
-        owners = [name for name, known in self._digests if hmac.compare_digest(digest, known)]
-        return owners[0] if owners else None
-
-    def _load(self) -> None:
-        """Read the file, if it has changed. On OSError or ValueError, raised once for each change,
-        the old keys stay."""
-        stamp, size = None, 0
-        with contextlib.suppress(OSError):  # of a file that is gone open() complains, below
-            status = os.stat(self._path)
-            stamp, size = (status.st_mtime_ns, status.st_ctime_ns, status.st_ino), status.st_size
-        if (stamp, size) == self._stamp:
-            return
-        self._stamp = stamp, size
-        if size > MAX_KEY_FILE_BYTES:
-            raise ValueError(f"{self._path} is larger than {MAX_KEY_FILE_BYTES} bytes")
-        keys = list(self._given) + (self._read() if self._path else [])
-        self._digests = [(name or f"key-{i}", hashlib.sha256(key.encode()).digest())
-                         for i, (name, key) in enumerate(keys, 1)]
-
-    def _read(self) -> list[tuple[str, str]]:
-        keys, number = [], 0
-        try:
-            with open(self._path, encoding="utf-8-sig") as file:  # a BOM, from Windows' editors
+    def _read(self) -> bool:
+        """Read the file if it has changed; return whether it then has keys. Raises OSError or
+        ValueError, and the previous keys stay."""
+        status, number = os.stat(self._path), 1
+        stamp = status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
+        if stamp == self._stamp:
+            return True
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_KEY_FILE_BYTES:
+            raise ValueError(f"{self._path} is not a regular file of at most "
+                             f"{MAX_KEY_FILE_BYTES} bytes")
+        keys, young = [], abs(time.time() - status.st_mtime) < YOUNG_SECONDS
+        with open(self._path, encoding="utf-8-sig") as file:  # Windows editors add a BOM
+            self._stamp = None if young else stamp  # a coarse clock hides a second change
+            try:
                 for number, line in enumerate(file, 1):
                     if line.strip() and not line.lstrip().startswith("#"):
                         keys.append(parse_key(line))
-        except ValueError as error:
-            raise ValueError(f"{self._path}, line {number}: {error}") from None
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError):
-                self._stamp = "never read"  # no descriptors, say: to be tried again
-            raise
-        return keys
+            except ValueError as error:
+                raise ValueError(f"{self._path}, line {number}: {error}") from None
+        if young and not keys:
+            raise ValueError(f"{self._path} is empty; perhaps it is still being written")
+        self._store(keys)
+        return bool(keys)
+
+    def _store(self, keys: list[tuple[str, str]]) -> None:
+        # By SHA-256, so that the time of a look-up says nothing about the keys.
+        self.owners = {hashlib.sha256(key.encode()).digest(): name or f"key-{number}"
+                       for number, (name, key) in enumerate(self._given + keys, 1)}
 
 
-def load_hooks(path: str) -> dict[str, Callable[..., Any]]:
-    """The functions of --hooks FILE.py: authenticate(headers), shape(route, body, caller) and
-    observe(record), each if it is there. They will be called from many threads at once."""
-    # So that a hook's `from ndjson_sse_proxy import ProxyError` finds this program, running.
-    sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
-    names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
-    hooks: dict[str, Callable[..., Any]] = {
-        name: names[name] for name in ("authenticate", "shape", "observe") if name in names}
-    if path and not hooks:  # a slip in a name must not leave the door open
-        raise ValueError(f"{path} defines neither authenticate nor shape nor observe")
-    return hooks
+def refused_key(message: str = "") -> ProxyError:
+    """Return the error for a caller without a valid key."""
+    return ProxyError(401, message or "the API key is missing or wrong", code="invalid_api_key",
+                      headers=[("WWW-Authenticate", "Bearer")])
 
 
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
-METRICS = {  # name after ndjson_sse_proxy_: type, help
-    "requests_total": ("counter", "Requests, by route and status."),
-    "active_requests": ("gauge", "Requests under way."),
-    "tokens_total": ("counter", "Tokens that Ollama counted, by model and kind."),
-    "client_hangups_total": ("counter", "Clients that left before the end of their answer."),
-    "upstream_errors_total": ("counter", "Failures of the upstream, by kind."),
-    "first_token_seconds": ("histogram", "Time to the first token."),
-    "request_seconds": ("histogram", "Time to the end of the answer."),
-}
-MAX_MODEL_LABELS = 100  # so many models have a label of their own; the others share "other"
+# Ollama's own rules for an API without keys.
+LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]+|.*\.(localhost|local|internal)", re.ASCII)
+LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+                          r"|(app|file|tauri|vscode-webview)://.*")
 
 
-class Metrics:
-    """Counters and histograms in Prometheus' text format. Labels come from sets that can't grow
-    at a client's will: the routes, the statuses, and models that Ollama has answered for."""
+class Gate:
+    """Decides which web pages and which callers get in."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
-        self._models: set[str] = set()
-        self.add("active_requests", 0)
-        self.add("client_hangups_total", 0)
+    def __init__(self, keys: Keys | None, hook: Callable[[Any], Any] | None) -> None:
+        self.keys, self.hook = keys, hook
 
-    def add(self, name: str, amount: float = 1, **labels: Any) -> None:
-        """Count something, or change a gauge."""
-        quoted = {label: re.sub(r'(["\\])', r"\\\1", str(value)).replace("\n", r"\n")
-                  for label, value in labels.items()}
-        key = ",".join(f'{label}="{value}"' for label, value in quoted.items())
-        with self._lock:
-            self._values[name][key] = self._values[name].get(key, 0) + amount
+    def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
+        """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
 
-    def time(self, name: str, seconds: float) -> None:
-        """Put a time into a histogram, whose buckets each count what is not above them."""
-        with self._lock:
-            values = self._values[name]
-            for limit in (*BUCKETS, float("inf")):
-                label = f'_bucket{{le="{"+Inf" if limit > BUCKETS[-1] else limit}"}}'
-                values[label] = values.get(label, 0) + (seconds <= limit)
-            values["_sum"] = values.get("_sum", 0) + seconds
-            values["_count"] = values.get("_count", 0) + 1
+        With keys any page may try, because a foreign page has no key. Otherwise the Host must be
+        local, since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the
+        Origin, since browsers let any page send a simple POST anywhere.
+        """
+        origin, host = headers.get("Origin"), headers.get("Host", "localhost").lower()
+        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", host, re.ASCII)
+        if not match:
+            raise ProxyError(400, "the Host header is malformed")
+        if self.keys and not self.hook:
+            allowed = "*"
+        elif not LOCAL_HOST.fullmatch(match[1]) and match[1] != socket.gethostname().lower():
+            raise ProxyError(403, f"the Host {match[1]} is not local; set keys to allow any Host",
+                             code="host_not_allowed")
+        elif origin and origin.partition("://")[2] != host and not LOCAL_ORIGIN.fullmatch(origin):
+            raise ProxyError(403, f"web pages from {printable(origin[:200])} can't use this proxy; "
+                             "set keys to allow any page", code="origin_not_allowed")
+        else:
+            allowed = origin or ""
+        exposed = "x-request-id, retry-after, x-ignored-fields"
+        return [] if origin is None else [
+            ("Access-Control-Allow-Origin", allowed), ("Vary", "Origin"),
+            ("Access-Control-Expose-Headers", exposed)]
 
-    def model(self, name: str) -> str:
-        """The label for a model."""
-        with self._lock:
-            if name and len(self._models) < MAX_MODEL_LABELS:
-                self._models.add(name)
-            return name if name in self._models else "other"
-
-    def text(self) -> str:
-        """The page for Prometheus."""
-        lines = []
-        with self._lock:
-            for name, (kind, text) in METRICS.items():
-                name_there = f"ndjson_sse_proxy_{name}"
-                lines += [f"# HELP {name_there} {text}", f"# TYPE {name_there} {kind}"]
-                for key, value in self._values[name].items():
-                    key = key if kind == "histogram" else "{" + key + "}" if key else ""
-                    lines.append(f"{name_there}{key} {value:.15g}")
-        return "\n".join(lines) + "\n"
-
-    def record(self, record: Json) -> None:
-        """Count a request that has ended; the record is that of ProxyHandler.observe()."""
-        self.add("requests_total", route=record["route"], status=record["status"])
-        if record["end"] == "client hang-up":
-            self.add("client_hangups_total")
-        if str(record["error"]).startswith("upstream_"):
-            self.add("upstream_errors_total", kind=record["error"][len("upstream_"):])
-        if record["completion_tokens"] is not None:
-            model = self.model(record["model"])
-            self.add("tokens_total", record["prompt_tokens"] or 0, model=model, kind="prompt")
-            self.add("tokens_total", record["completion_tokens"], model=model, kind="completion")
-        if record["first_token_seconds"] is not None:
-            self.time("first_token_seconds", record["first_token_seconds"])
-        self.time("request_seconds", record["seconds"])
+    def authenticate(self, headers: http.client.HTTPMessage) -> str | None:
+        """Return the caller's name, or None if nobody needs a key. Raises ProxyError 401."""
+        if self.hook:
+            caller = self.hook(headers)
+            if not isinstance(caller, str):  # a forgotten `return` must not let everyone in
+                raise TypeError(f"authenticate() returned {caller!r}, not a caller's name")
+            return caller
+        if not self.keys:
+            return None
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # Anthropic's clients
+        caller = self.keys.owner(key.strip())
+        if caller is None:
+            raise refused_key()
+        return caller
 
 
-# What is known of a request, in the order of the log line. To log more, add a name here and set it
-# in ProxyHandler.observe().
+TAKE_OPTIONS = ("/v1/chat/completions", "/api/chat", "/api/generate", "/api/embed",
+                "/api/embeddings")
+
+
+class Shaper:
+    """Changes requests: the hook first, then aliases and default options."""
+
+    def __init__(self, settings: argparse.Namespace, hook: Callable[..., Any] | None) -> None:
+        self.hook, self.aliases = hook, dict(settings.alias)
+        self._options, self._keep_alive = dict(settings.option), settings.keep_alive
+
+    def changes(self, route: str) -> bool:
+        """Return whether requests to this route may be changed, and so must be read."""
+        defaults = self._options or self._keep_alive is not None
+        return bool(self.hook or self.aliases or defaults and route in TAKE_OPTIONS)
+
+    def shape(self, route: str, body: Json, caller: str | None) -> Json:
+        """Return the body to use instead. A hook may raise ProxyError to refuse."""
+        if self.hook:
+            changed = self.hook(route, body, caller)
+            body = body if changed is None else changed
+        model, options = body.get("model"), body.get("options") or {}
+        if isinstance(model, str) and model in self.aliases:
+            body = {**body, "model": self.aliases[model]}
+        if route in TAKE_OPTIONS:
+            if self._options and isinstance(options, dict):
+                body = {**body, "options": {**self._options, **options}}
+            if self._keep_alive is not None and body.get("keep_alive") is None:
+                body = {**body, "keep_alive": self._keep_alive}
+        return body
+
+
+# What is known of a request, in the order of the log line; hooks get the same.
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
-    "ignored")
+    "detail", "ignored")
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
+METRICS = {  # name after ndjson_sse_proxy_: type, help
+    "requests_total": ("counter", "Requests, by route and status."),
+    "active_requests": ("gauge", "Requests being answered."),
+    "tokens_total": ("counter", "Tokens that Ollama counted, by model and kind."),
+    "client_hangups_total": ("counter", "Clients that left before the end of their answer."),
+    "upstream_errors_total": ("counter", "Ollama's failures, by kind."),
+    "first_token_seconds": ("histogram", "Time to the first token."),
+    "request_seconds": ("histogram", "Time to the end of the answer."),
+}
+
+
+class Observer:
+    """Logs each request in one line and counts it for Prometheus."""
+
+    def __init__(self, log: str, hook: Callable[[Json], Any] | None) -> None:
+        self._format: Callable[[Json], str] = log_line if log == "text" else json.dumps
+        self._hook, self._lock = hook, threading.Lock()
+        # (metric, sample) -> value. Samples come from sets that clients can't grow: routes,
+        # statuses, and models that Ollama has answered for.
+        self._counts: dict[tuple[str, str], float] = {
+            ("active_requests", ""): 0, ("client_hangups_total", ""): 0}
+        self._models: set[str] = set()
+
+    @property
+    def active(self) -> int:
+        """The number of requests being answered."""
+        return int(self._counts["active_requests", ""])
+
+    def count(self, metric: str, sample: str = "", amount: float = 1) -> None:
+        """Add to a counter or a gauge."""
+        with self._lock:
+            self._counts[metric, sample] = self._counts.get((metric, sample), 0) + amount
+
+    def observe(self, record: Json) -> None:
+        """Count and log a request that has ended, then call the hook."""
+        route, status, error = record["route"], record["status"], record["error"] or ""
+        self.count("requests_total", f'{{route="{route}",status="{status}"}}')
+        if record["end"] == "client hang-up":
+            self.count("client_hangups_total")
+        if error.startswith("upstream_"):
+            self.count("upstream_errors_total", f'{{kind="{error[len("upstream_"):]}"}}')
+        if record["completion_tokens"] is not None:
+            model = self._model_label(record["model"] or "other")
+            for kind in "prompt", "completion":
+                self.count("tokens_total", f'{{model="{model}",kind="{kind}"}}',
+                           record[f"{kind}_tokens"] or 0)
+        for name in "first_token_seconds", "request_seconds":
+            seconds = record[name.replace("request_", "")]
+            for limit in (*BUCKETS, "+Inf") if seconds is not None else ():
+                self.count(name, f'_bucket{{le="{limit}"}}', seconds <= float(limit))
+            if seconds is not None:
+                self.count(name, "_sum", seconds)
+                self.count(name, "_count")
+        say(self._format(record))
+        if self._hook:
+            try:
+                self._hook(dict(record))
+            except BaseException:  # noqa: BLE001  someone else's code, after the answer
+                say_traceback()
+
+    def metrics(self) -> str:
+        """Return the counters in Prometheus' text format."""
+        with self._lock:
+            counts, lines = list(self._counts.items()), []
+        for name, (kind, text) in METRICS.items():
+            full = f"ndjson_sse_proxy_{name}"
+            lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+            lines += [f"{full}{sample} {value:.15g}"
+                      for (metric, sample), value in counts if metric == name]
+        return "\n".join(lines) + "\n"
+
+    def _model_label(self, name: str) -> str:
+        with self._lock:
+            if len(self._models) < MAX_MODEL_LABELS:
+                self._models.add(name)
+        name = name if name in self._models else "other"
+        return re.sub(r'(["\\])', r"\\\1", name).replace("\n", "\\n")
 
 
 def log_line(record: Json) -> str:
-    """A record for people: what is there, and nothing a terminal would obey.
+    """Return a record as name=value text that no value can forge.
 
-    >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m", "caller": None})
-    'T end=done status=200 model=m'
+    >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m 1", "caller": None})
+    'T end=done status=200 model="m 1"'
     """
     parts = [record["time"]]
     for name, value in record.items():
         if name != "time" and value not in (None, []):
-            text = str(value)
-            parts.append(f"{name}={text if re.fullmatch(PLAIN_WORD, text) else ascii_json(value)}")
+            plain = re.fullmatch("[!#-<>-~]+", str(value))  # no space, quote or =
+            parts.append(f"{name}={value if plain else printable(json.dumps(value))}")
     return " ".join(parts)
 
 
-PLAIN_WORD = r"""[!#-<>-~]+"""  # no blank, quote or =, by which one value could pass for several
+# ---- 9. Downstream: the HTTP server --------------------------------------------------------------
+# First how requests are read, then how answers are written, then what each route does.
+
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
+REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/\d{1,3}\.\d{1,3})\r\n")
+HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
+ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "authorization",
+             "x-api-key", "origin")
 
 
-def ascii_json(value: Any) -> str:
-    """JSON in visible ASCII: a terminal obeys control characters, and more than C0 are."""
-    return json.dumps(value).replace("\x7f", "\\u007f")
+class DeadlineReader(io.RawIOBase):
+    """A client's bytes until a deadline in total, so that slow clients can't hold a thread."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self.deadline = connection, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises ProxyError 408 at the deadline, and ClientGone if the connection breaks."""
+        left = self.deadline - time.monotonic()
+        try:
+            if left <= 0:  # recv() does not time out while there are bytes
+                raise socket.timeout
+            self._connection.settimeout(left)
+            return self._connection.recv_into(buffer)
+        except socket.timeout:
+            raise ProxyError(408, "the request did not arrive in time") from None
+        except OSError as error:
+            raise ClientGone from error
 
 
-# ---- 8. Watchdog: one thread that looks after all requests -------------------------------------
-# While Ollama is silent (a model loads, others are before us in its queue) the thread of a request
-# sleeps in recv() and sees nothing of its client. So another thread looks at all of them every
-# TICK_SECONDS: a client that has hung up is noticed, one that waits long gets a heartbeat, and a
-# silence that is too long has an end. It frees a sleeping thread by shutdown() on the upstream's
-# socket: recv() returns, and Ollama, whose connection is gone, stops working.
+class Request(NamedTuple):
+    """A request's head."""
+
+    method: str
+    path: str
+    version: str
+    headers: http.client.HTTPMessage
+
+
+def read_head(first: bytes, readline: Callable[[int], bytes]) -> Request:
+    """Read the rest of a request's head, strictly. Raises ProxyError 400, 414, 431 or 505.
+
+    http.server accepts two lengths, a length of +2, folded lines, a bare CR and more. Another proxy
+    in front of this one may read the same bytes differently and see one request where there are two
+    (request smuggling), so anything ambiguous is refused.
+    """
+    match, headers, left = REQUEST_LINE.fullmatch(first), http.client.HTTPMessage(), MAX_HEAD_BYTES
+    if not match:
+        raise ProxyError(414, "the request line is too long") if len(first) > left else ProxyError(
+            400, "the request line is not METHOD /path HTTP/1.1")
+    request = Request(match[1].decode(), match[2].decode(), match[3].decode(), headers)
+    if request.version not in ("HTTP/1.0", "HTTP/1.1"):
+        raise ProxyError(505, "the HTTP version must be 1.0 or 1.1")
+    while True:
+        line = readline(left)
+        left -= len(line)
+        if line == b"\r\n":
+            break
+        match = HEADER_LINE.fullmatch(line)
+        if left <= 0 or len(headers) >= MAX_HEADERS:
+            raise ProxyError(431, "too many headers, or too long ones")
+        if not match:
+            raise ProxyError(400, f"not a header line: {show(line)}")
+        name = match[1].decode()
+        if name in headers and name.lower() in ONCE_ONLY:
+            raise ProxyError(400, f"the header {name} is there twice")
+        headers[name] = match[2].strip().decode("latin-1")
+    coding = headers.get("Transfer-Encoding", "chunked").lower()
+    if request.version == "HTTP/1.1" and "Host" not in headers:
+        raise ProxyError(400, "the Host header is missing")
+    if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
+        raise ProxyError(400, "the Content-Length is not a number")
+    if coding != "chunked" or "Transfer-Encoding" in headers and (
+            "Content-Length" in headers or request.version == "HTTP/1.0"):
+        raise ProxyError(400, "the Transfer-Encoding must be chunked, without a Content-Length")
+    return request
+
+
+def read_body(request: Request, reader: io.BufferedIOBase, go_on: Callable[[], None]) -> bytes:
+    """Read a request's body: by its length or, strictly, in chunks without extensions or trailers.
+
+    Calls `go_on` if the client waits for that. Raises ProxyError 400, 411 or 413, and ClientGone.
+    """
+    length, chunked = request.headers.get("Content-Length"), "Transfer-Encoding" in request.headers
+    left, body = int(length or 0), bytearray()
+    if request.method == "POST" and length is None and not chunked:
+        raise ProxyError(411, "the request needs a Content-Length or chunked coding")
+    if request.method in ("GET", "HEAD", "OPTIONS") and (chunked or left):
+        raise ProxyError(400, f"a {request.method} request has no body here")
+    if left <= MAX_BODY_BYTES and request.headers.get("Expect", "").lower() == "100-continue":
+        go_on()
+    while True:
+        if chunked:
+            line = reader.readline(10)
+            size = CHUNK_SIZE.fullmatch(line)
+            if not size:
+                raise ProxyError(400, f"not a chunk size: {show(line)}") if line else ClientGone()
+            left = int(size[1], 16)
+        if len(body) + left > MAX_BODY_BYTES:
+            raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+        data = reader.read(left + 2 * chunked)
+        if len(data) < left + 2 * chunked:
+            raise ClientGone
+        if chunked and data[left:] != b"\r\n":
+            raise ProxyError(400, "a chunk does not end where its size says")
+        body += data[:left]
+        if not chunked or not left:
+            return bytes(body)
 
 
 def has_hung_up(client: socket.socket) -> bool:
-    """Has the client closed its side, by FIN or RST? Does not wait, and reads nothing.
+    """Return whether the client has closed its side; don't wait, and read nothing.
 
-    One that has closed only its sending side looks the same, and counts as gone.
+    A client that has only closed its sending side looks the same, and counts as gone.
     """
     try:
-        if hasattr(select, "POLLRDHUP"):  # tells it under TLS, and behind bytes not read yet, too
+        if hasattr(select, "POLLRDHUP"):  # also works under TLS, and behind unread bytes
             poll = select.poll()
             poll.register(client, select.POLLRDHUP)
             return bool(poll.poll(0))
-        # SSLSocket's own recv() can't peek. Bytes are the next request, pipelined.
-        return (is_ready(client, selectors.EVENT_READ)
-                and not socket.socket.recv(client, 1, socket.MSG_PEEK))
+        # Not select(), which can't take descriptors above 1023 where there is anything else.
+        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+            selector.register(client, selectors.EVENT_READ)
+            # SSLSocket's own recv() can't peek. Unread bytes are the next request.
+            return bool(selector.select(0)) and not socket.socket.recv(client, 1, socket.MSG_PEEK)
     except ConnectionError:
         return True
-    except (OSError, ValueError):  # closed by its own thread just now
-        return False
 
 
-def is_ready(client: socket.socket, event: int, seconds: float = 0) -> bool:
-    """Can the socket be read, or written to, without waiting; or at least within this time?"""
-    # Not select(): it knows no descriptors above 1023, but where there is nothing else.
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(client, event)
-        return bool(selector.select(seconds))
+class Reply(Patience):
+    """The answer to one request. Only the request's own thread writes it.
 
-
-class Watch:
-    """A request under way, and the two sockets it holds on to."""
-
-    def __init__(self, client: socket.socket | None = None,
-                 idle_timeout: float = float("inf")) -> None:
-        self.client = client
-        self.beat: Callable[[], None] | None = None  # called at each look, for heartbeats
-        self.silent_since: float | None = None  # time.monotonic(), while it waits for Ollama
-        self._idle_timeout = idle_timeout
-        self._reason: Exception | None = None
-        self._upstream: socket.socket | None = None
-        self._lock = threading.Lock()
-
-    def attach(self, upstream: socket.socket) -> None:
-        """The connection that the request waits for from now on. Raises what end() was given."""
-        with self._lock:
-            self._upstream = upstream
-        self.check()
-
-    def end(self, reason: Exception) -> None:
-        """Let the request's thread stop waiting, and check() raise the reason there."""
-        with self._lock, contextlib.suppress(OSError):  # closed by its own thread just now
-            self._reason = self._reason or reason
-            if self._upstream:
-                # SSLSocket's own shutdown() drops the TLS layer: the thread would read ciphertext.
-                socket.socket.shutdown(self._upstream, socket.SHUT_RDWR)
-
-    def check(self) -> None:
-        """Raise what end() was given, if it was called."""
-        if self._reason:
-            raise self._reason
-
-    def look(self) -> None:
-        """What the watchdog does."""
-        silent_since = self.silent_since  # which the request's thread may change meanwhile
-        if silent_since is None:  # it is at work; if the client is gone, it will see that itself
-            return
-        if self.client and has_hung_up(self.client):
-            self.end(ConnectionAbortedError("the client hung up"))
-        elif time.monotonic() - silent_since > self._idle_timeout:
-            self.end(ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
-                                "(--idle-timeout)", code="upstream_timeout"))
-        elif self.beat:
-            self.beat()
-
-
-class Watchdog(threading.Thread):
-    """The thread that looks at all requests, until stop()."""
-
-    def __init__(self, idle_timeout: float) -> None:
-        super().__init__(name="watchdog", daemon=True)
-        self.tick, self._idle_timeout = TICK_SECONDS, idle_timeout
-        self._watches: set[Watch] = set()
-        self._over = threading.Event()
-
-    def __len__(self) -> int:
-        return len(self._watches)
-
-    def run(self) -> None:
-        while not self._over.wait(self.tick):
-            for watch in self._watches.copy():  # one step to the interpreter; the set may change
-                try:
-                    watch.look()
-                except Exception:  # noqa: BLE001  the thread's boundary: the others are looked at
-                    say(traceback.format_exc())
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._over.set()
-
-    @contextlib.contextmanager
-    def watching(self, client: socket.socket) -> Iterator[Watch]:
-        """Look at a request, as long as the block runs."""
-        watch = Watch(client, self._idle_timeout)
-        self._watches.add(watch)
-        try:
-            yield watch
-        finally:
-            self._watches.discard(watch)
-
-    def end_all(self, reason: Exception) -> None:
-        """End all requests that are under way."""
-        for watch in self._watches.copy():
-            watch.end(reason)
-
-
-# ---- 9. Upstream: the only section that touches http.client ------------------------------------
-# HTTP says in three ways where a body ends: by chunks, by a length, or by the end of the
-# connection. The last can't be told from a cut; so it is good that Ollama uses the first, and that
-# its last record says done.
-
-
-class Upstream:
-    """An Ollama at a URL. Every failure to talk with it comes out as a ProxyError."""
-
-    def __init__(self, config: Config, via: str, api_key: str = "") -> None:
-        self.url = config.upstream
-        # A server's 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is no place to go to.
-        host = self.url.hostname or ""
-        self._host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._tls = ssl.create_default_context() if self.url.scheme == "https" else None
-        self._headers = {"Connection": "close", "Via": f"1.1 {via}"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-
-    def request(self, watch: Watch, method: str, path: str, body: bytes | None = None,
-                headers: Json | None = None) -> UpstreamAnswer:
-        """Send one request and wait for the status line: minutes, while a model loads.
-
-        Each request has a connection of its own: closing it is how Ollama is told to stop.
-        Raises ProxyError 502 if there is no Ollama, and what ends the watch: 504 after a silence.
-        """
-        with contextlib.ExitStack() as stack:  # closes all, unless nothing went wrong
-            with self.reading(watch):
-                connection = (http.client.HTTPSConnection(self._host, self.url.port,
-                                                          context=self._tls)
-                              if self._tls else
-                              http.client.HTTPConnection(self._host, self.url.port))
-                stack.callback(connection.close)
-                self._connect(connection, watch)
-                watch.silent_since = time.monotonic()
-                # Whoever refuses a large body may do so, and hang up, before all of it is sent.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    connection.request(method, self.url.path + path, body, {
-                        "Content-Type": "application/json", **(headers or {}), **self._headers})
-                response = connection.getresponse()
-                stack.callback(response.close)
-                answer = UpstreamAnswer(self, watch, connection, response)
-            stack.pop_all()
-        return answer
-
-    def _connect(self, connection: http.client.HTTPConnection, watch: Watch) -> None:
-        """Connect, so that the watch can end it even within the TLS handshake."""
-        try:
-            sock = connection.sock = socket.create_connection(
-                (self._host, connection.port), CONNECT_SECONDS)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if self._tls:
-                sock = connection.sock = self._tls.wrap_socket(
-                    sock, server_hostname=self._host, do_handshake_on_connect=False)
-            watch.attach(sock)
-            if isinstance(sock, ssl.SSLSocket):
-                watch.silent_since = time.monotonic()
-                sock.do_handshake()
-        except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
-            watch.check()
-            raise ProxyError(
-                502, f"Ollama can't be reached at {self.url.geturl()} ({error}). Is it running "
-                "there (ollama serve)? Give its place as --upstream URL, or do without it: --demo",
-                code="upstream_unreachable") from error
-        # No time limit of its own: that costs a poll() for each recv(), and the watchdog has one.
-        sock.settimeout(None)
-
-    @contextlib.contextmanager
-    def reading(self, watch: Watch) -> Iterator[None]:
-        """What http.client and sockets raise in here comes out as a ProxyError; or, if it was the
-        watchdog that cut the connection, as the reason for that."""
-        try:
-            yield
-        except OSError as error:
-            watch.check()
-            raise cut_upstream(type(error).__name__) from error
-        except (http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            # odd headers, which the parser for mail takes apart
-            watch.check()
-            raise broken_upstream(f"{type(error).__name__} {error}") from error
-        finally:
-            watch.silent_since = None
-        watch.check()
-
-    def json(self, watch: Watch, method: str, path: str, body: Json | None = None) -> Json:
-        """A short exchange: the JSON object that Ollama answers. Raises ProxyError."""
-        data = None if body is None else to_bytes(body)
-        with contextlib.closing(self.request(watch, method, path, data)) as answer:
-            answer.raise_for_status()
-            try:
-                return parse_object(answer.read(MAX_BODY_BYTES))
-            except ValueError:
-                raise broken_upstream(f"{path} answered with no JSON object") from None
-
-
-class ChunkDecoder:
-    r"""HTTP's chunked coding off a body: bytes in, split anywhere, bytes out.
-
-    A chunk is its size in hexadecimal, CRLF, so many bytes, CRLF; one of size 0 ends the body.
-    http.client gives one chunk a read, so one line at a time, however many have come; and it takes
-    sizes such as -5 or 2_0.
-
-    >>> decoder = ChunkDecoder()
-    >>> decoder.feed(b"3\r\nabc\r\n1"), decoder.feed(b"\r\nd\r\n0\r\n\r\n"), decoder.ended
-    (b'abc', b'd', True)
+    Data collects here and leaves in one write before the thread waits for Ollama. The head leaves
+    with the first of it, so that an early failure still has its own status.
     """
 
-    FIRST_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[\t ]*(?:;[^\r\n]*)?\r\n")
-    NEXT_SIZE = re.compile(rb"\r\n" + FIRST_SIZE.pattern)
-
-    def __init__(self) -> None:
-        self.ended = False
-        self.fault: ProxyError | None = None  # behind the bytes that have been returned
-        self._rest = b""  # of a size's line that is not whole
-        self._left = 0  # bytes of the chunk that are still to come
-        self._size = self.FIRST_SIZE
-
-    def feed(self, data: bytes) -> bytes:
-        """Take bytes, return those of the body; what is no chunk makes a `fault`."""
-        data, at, pieces = self._rest + data, 0, []
-        while not self.ended:
-            pieces.append(data[at:at + self._left])
-            at += len(pieces[-1])
-            self._left -= len(pieces[-1])
-            line = None if self._left else self._size.match(data, at)
-            if not line:
-                break
-            at = line.end()
-            self._left = int(line[1], 16)
-            self.ended = not self._left
-            self._size = self.NEXT_SIZE
-        self._rest = data[at:]
-        if not self.ended and (b"\n" in self._rest[2:] or len(self._rest) > MAX_ERROR_BYTES):
-            self.fault = broken_upstream(f"a chunk without a size, {show(self._rest)}")
-        return b"".join(pieces)
-
-
-class UpstreamAnswer:
-    """An answer whose status line and headers are there; the body comes piece by piece."""
-
-    def __init__(self, upstream: Upstream, watch: Watch, connection: http.client.HTTPConnection,
-                 response: http.client.HTTPResponse) -> None:
-        self._upstream, self._watch = upstream, watch
-        self._connection, self._response = connection, response
-        self.status = response.status
-        # "chunked" and "0" here stand for a header that is not there: both are fine.
-        encoding = response.getheader("Transfer-Encoding", "chunked")
-        length = response.getheader("Content-Length", "0")
-        if (self.status < 200 or encoding.lower() != "chunked"
-                or not re.fullmatch("[0-9]{1,18}", length)):
-            raise broken_upstream(f"status {self.status}, Transfer-Encoding {encoding[:60]}, "
-                                  f"Content-Length {length[:60]}")
-        content_type = response.getheader("Content-Type", "application/octet-stream")
-        self.content_type = re.sub("[^ -~]+", " ", content_type)  # a folded line, for one
-        retry = response.getheader("Retry-After", "")
-        self.headers = [("Retry-After", retry)] if retry.isalnum() else []
-        # None: chunked, or as long as the connection lasts
-        self.length = None if response.length is None else int(length)
-
-    def close(self) -> None:
-        """Hang up. If Ollama was still at work for this request, it stops."""
-        self._response.close()
-        self._connection.close()
-
-    def pieces(self) -> Iterator[bytes]:
-        """The body, as it arrives: all that has come at once. Raises ProxyError if it is cut."""
-        chunks = ChunkDecoder() if self._response.chunked else None
-        left = self._response.length  # 0 for an answer to HEAD, whatever it promises
-        with self._upstream.reading(self._watch):
-            while left != 0 and not (chunks and chunks.ended):
-                self._watch.silent_since = time.monotonic()
-                # peek() waits for the next bytes, in the reader's own buffer, and read1() takes all
-                # of them. (read1(n) alone would set n bytes aside for as long as it waits.)
-                data = self._response.fp.read1(len(self._response.fp.peek()[:left]))
-                self._watch.silent_since = None
-                if not data and (chunks or left):
-                    self._watch.check()
-                    raise cut_upstream("it ended before " + (
-                        f"{left} promised bytes" if left else "the chunk that ends it"))
-                if not data:
-                    return
-                left = left and left - len(data)
-                data = chunks.feed(data) if chunks else data
-                if data:
-                    yield data
-                if chunks and chunks.fault:
-                    raise chunks.fault
-
-    def read(self, limit: int) -> bytes:
-        """The whole body, or as soon as there are `limit` bytes, those."""
-        body = bytearray()
-        for piece in self.pieces():
-            body += piece
-            if len(body) >= limit:
-                break
-        return bytes(body)
-
-    def raise_for_status(self) -> None:
-        """Ollama's refusals as ours. They are {"error":"text"} under a status of 400 or more."""
-        if self.status == 200:
-            return
-        body = self.read(MAX_ERROR_BYTES)
-        try:
-            value = parse_object(body)
-        except ValueError:  # 404 page not found; a redirect; some proxy's HTML
-            what = f"status {self.status}, {show(body)}. Is that an Ollama?"
-            raise broken_upstream(what) from None
-        error = upstream_error(value, self.status if self.status >= 400 else 502)
-        error.headers = self.headers
-        raise error
-
-
-# ---- 10. Downstream: the HTTP server that clients talk to --------------------------------------
-# First the stream of events, which two threads write to; then the reading of requests; then the
-# handler: verbs, who may come in, routes, shape and observe, helpers; then the routes and servers.
-
-
-class EventStream:
-    """An answer in SSE. Frames gather here, and leave in one write before the proxy waits.
-
-    The status waits for the first frame (or heartbeat), so that a failure before it has a status
-    of its own; after it, a failure is a frame.
-    The lock is free only while the request's thread waits for Ollama: so a heartbeat, which comes
-    from the watchdog's thread, falls between two pieces of the answer and never into one.
-    """
-
-    def __init__(self, handler: ProxyHandler, ignored: list[str] | tuple[()] = ()) -> None:
-        self._handler, self._ignored = handler, ignored
-        self._gathered: list[bytes] = []
-        self._begun = False  # is there a frame, not comments alone?
-        self._lock = threading.Lock()
-        self._lock.acquire()
+    def __init__(self, connection: socket.socket, record: Json, settings: argparse.Namespace,
+                 stopping: Callable[[], bool]) -> None:
+        super().__init__(stopping, settings.idle_timeout)
+        self._connection, self._record = connection, record
+        self.version, self.method = "HTTP/1.0", ""
+        self.close, self.cut = True, False  # the connection, after this answer; the answer
+        self.cors: list[tuple[str, str]] = []
+        self.begun = False  # whether a frame was added, or anything was sent
+        self._head: tuple[Any, ...] = ()  # until it is sent
+        self._pending: list[bytes] = []
+        self._chunked = self._framed = False
+        self._heartbeat: Callable[[], list[bytes]] = list
+        self._heartbeat_seconds = settings.heartbeat or float("inf")
         self._sent_at = time.monotonic()
-        # What a heartbeat is. On /api/* a comment: a frame there is a record of Ollama's.
-        self.heartbeat: Callable[[], list[bytes]] = lambda: [sse_comment(b"heartbeat")]
+
+    def before(self) -> None:
+        """Send what there is."""
+        self.flush()
+        super().before()
+
+    def silence(self) -> None:
+        """Raise ClientGone if the client has hung up; send a heartbeat if it is due."""
+        if has_hung_up(self._connection):
+            raise ClientGone
+        super().silence()
+        if self._framed and time.monotonic() - self._sent_at >= self._heartbeat_seconds:
+            self.add(b"".join(self._heartbeat()))
+            self.flush()
+
+    def start(self, status: int, content_type: str, length: int | None = None,
+              headers: Headers = ()) -> None:
+        """Set the head. Without a length the body is chunked, or ends with the connection."""
+        self._head = status, content_type, length, headers
+        self._chunked = length is None and self.version == "HTTP/1.1"
+        self._framed = False
+        self._pending.clear()
+
+    def start_frames(self, heartbeat: Callable[[], list[bytes]]) -> None:
+        """Set the head of an SSE stream, and what a heartbeat is."""
+        self.start(200, "text/event-stream; charset=utf-8", headers=[
+            ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])  # nginx would buffer
+        self._framed, self._heartbeat = True, heartbeat
+
+    def add(self, data: bytes) -> None:
+        """Add a frame or a piece of the body."""
+        self._pending.append(data)
+        self.begun = self.begun or self._framed
 
     def comment(self, data: bytes) -> None:
-        """Something for people who watch; it leaves with the next frame."""
-        self._gathered.append(sse_comment(data))
+        """Add an SSE comment; it leaves with the next frame."""
+        self._pending.append(sse_comment(data))
 
-    def add(self, frame: bytes) -> None:
-        """A frame; it leaves at the latest when there is nothing else to do."""
-        self._gathered.append(frame)
-        self._begun = True
-
-    def wait_for(self, step: Callable[[], Any]) -> Any:
-        """Do what may take long, with all frames sent; heartbeats may come meanwhile."""
-        self.flush()
-        self._lock.release()
-        try:
-            return step()
-        finally:
-            self._lock.acquire()
-
-    def pieces(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The same pieces, until there are no more, each waited for as above."""
-        return iter(functools.partial(self.wait_for, functools.partial(next, pieces, b"")), b"")
-
-    def flush(self) -> None:
-        """Send what has gathered. Raises OSError if the client is gone."""
-        if not self._begun or not self._gathered:
+    def flush(self, last: bool = False) -> None:
+        """Send what was added; `last` ends the body. A chunked body without its end was cut."""
+        if not last and not (self._pending and (self.begun or not self._framed)):
             return
-        if not self._handler.head_sent:
-            self._handler.start(200, "text/event-stream; charset=utf-8", headers=[
-                ("Cache-Control", "no-cache"),
-                ("X-Accel-Buffering", "no"),  # nginx would hold the frames back
-                *ignored_header(self._ignored)])
-        self._handler.write(b"".join(self._gathered))
-        self._gathered.clear()
+        data = b"".join(self._pending)
+        self._pending.clear()
+        if self._chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            data += b"0\r\n\r\n" * last
+        if self.method == "HEAD":
+            data = b""
+        if self._head:
+            data = self._head_bytes(*self._head) + data
+            self._record["status"] = self._head[0]
+        self._head, self.begun = (), True
+        self.write(data)
         self._sent_at = time.monotonic()
 
-    def beat(self) -> None:
-        """A heartbeat, if the last frame was long ago. Does not wait for the client: what is sent
-        is small, and a socket that takes a byte takes so many."""
-        seconds, connection = self._handler.server.config.heartbeat, self._handler.connection
-        if (not seconds or time.monotonic() - self._sent_at < seconds
-                or not self._lock.acquire(blocking=False)):
-            return
-        large: list[bytes] = []
+    def write(self, data: bytes) -> None:
+        """Write bytes; sendall() would count its timeout for all of them. Raises ClientGone."""
+        view = memoryview(data)
         try:
-            if is_ready(connection, selectors.EVENT_WRITE):
-                if sum(map(len, self._gathered)) > SMALL_BYTES:  # a long request's trace: later
-                    large, self._gathered = self._gathered, []
-                for frame in self.heartbeat():
-                    self.add(frame)
-                self.flush()
-        except OSError:  # the client is gone, or has read half a frame: nothing may follow
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
-        finally:
-            self._gathered += large
-            self._lock.release()
+            while view:
+                view = view[self._connection.send(view[:SLICE_BYTES]):]
+        except OSError as error:
+            raise ClientGone from error
+
+    def send(self, status: int, body: bytes, content_type: str = "application/json; charset=utf-8",
+             headers: Headers = ()) -> None:
+        """Send a whole answer."""
+        self.start(status, content_type, len(body), headers)
+        self.add(body)
+        self.flush(last=True)
+
+    def fail(self, error: ProxyError) -> None:
+        """Tell the client in the one way that is left: a status, an error frame, or a cut."""
+        if not self.begun:
+            self.send(error.status, error.body() + b"\n", headers=error.headers)
+        elif self._framed:  # what came before the error was good
+            self.add(sse_event(error.body()))
+            self.flush(last=True)
+        else:  # Ollama's own formats have no room for an error; only a missing end shows the cut
+            self.close = self.cut = True
+            if self.version == "HTTP/1.0":  # whose end is that of the connection: reset it
+                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                            struct.pack("ii", 1, 0))
+
+    def _head_bytes(self, status: int, content_type: str, length: int | None,
+                    headers: Headers) -> bytes:
+        fields = [("Server", f"ndjson_sse_proxy/{__version__}"),
+                  ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+                  ("Content-Type", re.sub("[^ -~]+", " ", content_type)),  # may be Ollama's
+                  ("X-Request-Id", self._record["id"]), ("X-Content-Type-Options", "nosniff"),
+                  *self.cors, *headers]
+        if length is not None or self._chunked:
+            fields.append(("Transfer-Encoding", "chunked") if length is None else
+                          ("Content-Length", str(length)))
+        if self.close:
+            fields.append(("Connection", "close"))
+        ignored = self._record["ignored"] or []
+        names = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
+                 for name in ignored[:MAX_IGNORED_NAMES]]
+        if len(ignored) > len(names):
+            names.append(f"and {len(ignored) - len(names)} more")
+        if names:
+            fields.append(("X-Ignored-Fields", ", ".join(names)))
+        if self._record["route"] != "/":  # nothing but the page may run scripts
+            fields.append(("Content-Security-Policy", "default-src 'none'; sandbox"))
+        lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
+                 *map(": ".join, fields), "", ""]
+        return "\r\n".join(lines).encode("latin-1")
 
 
 def unique_members(pairs: list[tuple[str, Any]]) -> Json:
-    """json's hook for objects: of two members with one name, which was meant?"""
+    """Refuse two members with one name: which was meant?"""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name occurs twice in one object")
     return dict(pairs)
 
 
 CLIENT_JSON = strict_decoder(object_pairs_hook=unique_members)
+PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-version",
+                  "anthropic-beta")
 
 
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/\d{1,3}\.\d{1,3})\r\n")
-HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
-ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "authorization",
-             "x-api-key", "origin")
+class Routes:
+    """One request: a method for each route, and what they share."""
 
-
-def read_head(first: bytes, readline: Callable[[int], bytes]
-              ) -> tuple[str, str, str, http.client.HTTPMessage]:
-    """The method, path, version and headers of a request whose first line is there.
-
-    http.server takes two lengths, a length of +2, folded lines, a bare CR and more; a proxy in
-    front of this one may read the same bytes otherwise, and what is one request there would be two
-    here (request smuggling). So whatever is not plainly right is refused. Raises ProxyError.
-    """
-    request = REQUEST_LINE.fullmatch(first)
-    if not request:
-        raise ProxyError(400, "the request line is not METHOD /path HTTP/1.1")
-    method, path, version = (part.decode() for part in request.groups())
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise ProxyError(505, "the version of HTTP must be 1.0 or 1.1")
-    headers = http.client.HTTPMessage()
-    left = MAX_HEAD_BYTES
-    while True:
-        line = readline(left)
-        left -= len(line)
-        if left <= 0 or len(headers) > MAX_HEADERS:
-            raise ProxyError(431, "too many headers, or too long ones")
-        if line == b"\r\n":
-            break
-        header = HEADER_LINE.fullmatch(line)
-        if not header:
-            raise ProxyError(400, f"no header line: {show(line)}")
-        name = header[1].decode()
-        if name in headers and name.lower() in ONCE_ONLY:
-            raise ProxyError(400, f"the header {name} is there twice")
-        headers[name] = header[2].strip().decode("latin-1")
-    if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
-        raise ProxyError(400, "the Content-Length is no number")
-    if "Transfer-Encoding" in headers:
-        raise ProxyError(400 if "Content-Length" in headers else 411,
-                         "chunked bodies are not read; send a Content-Length instead")
-    if version == "HTTP/1.1" and "Host" not in headers:
-        raise ProxyError(400, "the Host header is missing")
-    return method, path, version, headers
-
-
-class ClientIO(io.RawIOBase):
-    """A client's bytes, in both directions, with time limits for what http.server waits for.
-
-    To read: until `deadline`, in total; a limit for each recv() would let a client drip. To write:
-    `patience` seconds without progress; sendall()'s own limit is for all of the bytes.
-    Raises socket.timeout, which is an OSError.
-    """
-
-    def __init__(self, connection: socket.socket, patience: float) -> None:
-        self._connection, self._patience = connection, patience
-        self.deadline = time.monotonic() + patience
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("the client's time is up")
-        self._connection.settimeout(left)
-        return self._connection.recv_into(buffer)
-
-    def write(self, data: Any) -> int:
-        """All of the data; in one send, as a rule."""
-        size = len(data)
-        if self._connection.gettimeout() != 0:
-            self._connection.settimeout(0)
-        while data:
-            try:
-                data = data[self._connection.send(data):]
-            except (BlockingIOError, ssl.SSLWantWriteError):
-                if not is_ready(self._connection, selectors.EVENT_WRITE, self._patience):
-                    raise socket.timeout("the client does not read") from None
-        return size
-
-
-class JsonHandler(http.server.BaseHTTPRequestHandler):
-    """What http.server lacks: a strict reading of the head, and helpers to write with."""
-
-    protocol_version = "HTTP/1.1"  # keep-alive and chunked bodies; the default is 1.0
-    disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
-    request_version = "HTTP/1.0"  # until a request has said its own
-    requestline = ""  # for the base class's log, which says nothing here
-    timeout = CLIENT_SECONDS  # the default waits for ever
-    body_timeout = BODY_SECONDS
-    max_body = MAX_BODY_BYTES
-    raw_requestline: bytes
-    head_sent = chunked = False  # too late for a status? is the body's length unknown?
-
-    def setup(self) -> None:
-        """The base class's, and the TLS handshake, under the connection's time limit."""
-        super().setup()
-        if isinstance(self.connection, ssl.SSLSocket):
-            self.connection.do_handshake()
-        self.rfile.close()
-        self.client = ClientIO(self.connection, self.timeout)
-        self.wfile = self.client  # type: ignore[assignment]  # typeshed's is narrower than need be
-        self.rfile = io.BufferedReader(self.client, 2048)  # a head; thousands of clients have one
-
-    def handle_one_request(self) -> None:
-        """The base class's; the next request's head must be there in time."""
-        self.client.deadline = time.monotonic() + self.timeout
-        super().handle_one_request()
-
-    def parse_request(self) -> bool:
-        """Instead of the base class's: read the head strictly. (The base class hands it to the
-        parser for mail, which is slow, or fails in strange ways, on an odd Content-Type.)"""
-        self.started = time.monotonic()  # not before: the client may have idled
-        try:
-            self.command, self.path, self.request_version, self.headers = read_head(
-                self.raw_requestline, self.rfile.readline)
-        except ProxyError as error:
-            self.refuse(error)
-            return False
-        except socket.timeout:
-            self.refuse(ProxyError(408, f"the head did not come within {self.timeout:g} s"))
-            return False
-        wish = ",".join(self.headers.get_all("Connection", [])).lower()
-        self.close_connection = "close" in wish or (
-            self.request_version == "HTTP/1.0" and "keep-alive" not in wish)
-        return True
-
-    def refuse(self, error: ProxyError) -> None:
-        """Answer a request that is none; where the next one would begin is anybody's guess."""
-        self.close_connection = True
-        self.fail(error)
-
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The base class's own refusals (too long a line, an unknown method), in OpenAI's form."""
-        self.refuse(ProxyError(code, message or self.responses[code][0]))
-
-    def fail(self, error: ProxyError) -> None:
-        """Answer with the error."""
-        self.send_json(error.status, error.body(), error.headers)
-
-    def start(self, status: int, content_type: str, length: int | None = None,
-              headers: Iterable[tuple[str, str]] = ()) -> None:
-        """Status line and headers; without a length the body is chunked, or ends the connection."""
-        self.head_sent = True
-        self.chunked = length is None and self.request_version != "HTTP/1.0"
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        elif self.chunked:
-            self.send_header("Transfer-Encoding", "chunked")
-        else:
-            self.close_connection = True
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        for name, value in headers:
-            self.send_header(name, value)
-        self.end_headers()
-
-    def write(self, data: bytes) -> None:
-        """A part of the body, in one send if the client reads."""
-        if self.command != "HEAD":
-            self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data) if self.chunked else data)
-
-    def finish_body(self) -> None:
-        """The end of a chunked body. One that ends without it was cut, and clients notice."""
-        if self.chunked:
-            self.write(b"")
-
-    def send_json(self, status: int, value: Any, headers: Iterable[tuple[str, str]] = ()) -> None:
-        """A whole answer."""
-        body = to_bytes(value) + b"\n"
-        self.start(status, "application/json; charset=utf-8", len(body), headers)
-        self.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the base class's lines are not needed beside those of observe()."""
-
-    def read_body(self) -> bytes:
-        """The request's body. Raises ProxyError 400, 411 or 413; then it has not been read."""
-        length_text = self.headers.get("Content-Length")
-        if length_text is None and self.command == "POST":
-            raise ProxyError(411, "the body needs a Content-Length")
-        length = int(length_text or 0)
-        if length > self.max_body:
-            raise ProxyError(413, f"the body is larger than {self.max_body} bytes (--max-body)")
-        if length and self.command in ("GET", "HEAD", "OPTIONS"):
-            raise ProxyError(400, f"a {self.command} request has no body here")
-        if (self.headers.get("Expect", "").lower() == "100-continue"
-                and self.request_version == "HTTP/1.1"):
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.client.deadline = time.monotonic() + self.body_timeout
-        try:
-            body = self.rfile.read(length)
-        except socket.timeout:
-            raise ProxyError(
-                408, f"the body did not come within {self.body_timeout:g} s") from None
-        if len(body) < length:
-            raise ConnectionAbortedError("the client went away within its request")
-        return body
-
-
-# The pages that Ollama itself lets in: of this machine, and of programs with pages inside.
-LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-                          r"|(app|file|tauri|vscode-webview|vscode-file)://.*")
-
-
-class ProxyHandler(JsonHandler):
-    """One connection of a client, in its own thread; one method a route (see ROUTES)."""
-
-    server: ProxyServer
-    watch: Watch
-    events: EventStream | None  # if the answer is one, which can carry an error
-
-    # --- verbs ---
-
-    def setup(self) -> None:
-        """The base class's. One connection too many only stays to be told so."""
-        self.max_body = self.server.config.max_body
-        self.excess = self.server.connections > self.server.config.max_connections
-        if self.excess:
-            self.timeout = LINGER_SECONDS  # type: ignore[misc]  # typeshed's says class only
-        super().setup()
-
-    def handle_one_request(self) -> None:
-        """The base class's, with nothing left over from the request before on this connection."""
-        self.head_sent = self.chunked = False
-        self.events = None
-        self.command = self.origin = ""
-        self.started = time.monotonic()  # parse_request() knows better, unless the line is too long
-        self.record: Json = dict.fromkeys(RECORD_NAMES)
-        self.record.update(id="req_" + os.urandom(12).hex(), route="none")
-        super().handle_one_request()
-
-    def refuse(self, error: ProxyError) -> None:
-        """The same, and count it as a request."""
-        super().refuse(error)
-        self.observe()
-        self.linger()
-
-    def dispatch(self) -> None:
-        """Run the route's method, under the eyes of the watchdog."""
-        self.server.metrics.add("active_requests")
-        with self.server.watchdog.watching(self.connection) as self.watch:
-            self.run_route()
-            self.close_connection = self.close_connection or self.server.draining
-            self.server.metrics.add("active_requests", -1)
-            self.observe()
-        self.linger()
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = dispatch
-
-    def run_route(self) -> None:
-        """What goes wrong in a route is said once, or ends the connection.
-
-        A client that hangs up makes the next write to it fail, or the watchdog ends the wait for
-        Ollama; on the way out of the route the upstream's connection is closed, and Ollama stops.
-        """
-        keep_alive, self.close_connection = not self.close_connection, True
-        try:
-            route = self.admit()
-            self.body = self.read_body()
-            # All that was sent is read, so more may follow.
-            self.close_connection = not keep_alive or self.excess or self.server.draining
-            route(self)
-            if (self.record["status"] or 0) >= 400:  # Ollama refused, in words passed through
-                self.record.update(end="error", error=f"status_{self.record['status']}")
-            self.record["end"] = self.record["end"] or "done"
-        except ProxyError as error:
-            self.fail(error)
-        except RecursionError:  # writing JSON needs a little more of the stack than reading it
-            self.fail(ProxyError(400, "nested too deeply"))
-        except OSError:  # upstream's are ProxyErrors; so the client is gone, and nobody to tell
-            self.record["end"] = self.record["end"] or "client hang-up"
-            self.close_connection = True
-        except Exception:  # noqa: BLE001  the thread's boundary: our own fault must not be silent
-            say(traceback.format_exc())
-            self.fail(ProxyError(500, "internal error of the proxy; its log says more"))
-
-    # --- who may come in, and where to ---
-
-    def admit(self) -> Callable[[ProxyHandler], None]:
-        """The method for this request, if its Host, its Origin and its key are right."""
-        self.record["method"] = self.command
-        path, _, query = self.path.partition("?")
-        self.record["route"], self.rest = match_route(path)
-        self.target = self.record["route"].replace("*", self.rest) + ("?" + query if query else "")
-        self.trace = "trace=1" in query.split("&")
-        self.check_host()
-        self.check_origin()
-        if self.command == "OPTIONS" and self.origin:
-            return ProxyHandler.preflight
-        if path not in ("/", "/healthz"):
-            self.record["caller"] = self.authenticate()
-        if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
-            raise ProxyError(
-                503, "the proxy is shutting down" if self.server.draining else
-                "the proxy has no connection to spare", code="proxy_busy",
-                headers=[("Retry-After", "1")])
-        if self.server.via in ",".join(self.headers.get_all("Via", [])):
-            raise ProxyError(508, "the upstream of the proxy is the proxy itself: name Ollama's "
-                             "place with --upstream URL", code="upstream_loop")
-        return self.find_route(path)
-
-    def check_host(self) -> None:
-        """A page of another site can make its own name mean 127.0.0.1 (DNS rebinding) and so talk
-        to us as to its own server; but then its name stands in the Host header."""
-        match = re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[\w.-]+)(:\d{1,5})?",
-                             self.headers.get("Host", "-"), re.ASCII)
-        if not match:
-            raise ProxyError(400, "the Host header is no host")
-        host = match[1].strip("[]").lower()
-        own = self.connection.getsockname()[0].replace("::ffff:", "")  # IPv4, to a socket of IPv6
-        known = ("localhost", "127.0.0.1", "::1", "-", own, self.server.config.listen.hostname,
-                 *self.server.config.allowed_host)
-        if host not in known and not host.endswith(".localhost"):
-            raise ProxyError(403, f"the Host {host} is not known; --allowed-host {host} allows it",
-                             code="host_not_allowed")
-
-    def check_origin(self) -> None:
-        """Browsers let any page send simple POSTs anywhere; the page's site is in Origin."""
-        origin, allowed = self.headers.get("Origin"), self.server.config.cors_origin
-        if origin is None:
-            return
-        own = origin.partition("://")[2] == self.headers.get("Host")
-        if not (own or LOCAL_ORIGIN.fullmatch(origin) or origin in allowed or "*" in allowed):
-            raise ProxyError(403, f"pages of this origin may not call; --cors-origin "
-                             f"{origin[:200]} lets them", code="origin_not_allowed")
-        self.origin = origin
-
-    def authenticate(self) -> str | None:
-        """The caller's name. Raises ProxyError 401."""
-        if "authenticate" in self.server.hooks:
-            caller = self.hook("authenticate", self.headers)
-            if not isinstance(caller, str):  # a forgotten `return` must not let everybody in
-                raise TypeError(f"authenticate() returned {caller!r}, which is no caller's name")
-            return caller
-        if not self.server.keys:
-            return None
-        scheme, _, key = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = self.headers.get("x-api-key", "")
-        caller = self.server.keys.caller(key.strip())
-        if caller is None:
-            raise ProxyError(401, "the API key is missing or wrong", code="invalid_api_key",
-                             headers=[("WWW-Authenticate", "Bearer")])
-        return caller
-
-    def find_route(self, path: str) -> Callable[[ProxyHandler], None]:
-        """The method for this path. Raises ProxyError 403, 404 or 405, with a hint."""
-        known = self.record["route"]
-        methods = ROUTES.get(known, {})
-        route = methods.get(self.command, methods.get("GET") if self.command == "HEAD" else None)
-        if self.command in methods and self.server.config.allow_admin:
-            route = route or ProxyHandler.passthrough
-        if route:
-            return route
-        if self.command in methods:
-            raise ProxyError(403, f"{self.command} {known} changes what Ollama has; only with "
-                             "--allow-admin is it let through", code="admin_route")
-        if methods:
-            allow = ", ".join(methods)
-            raise ProxyError(405, f"{known} takes {allow} only", headers=[("Allow", allow)])
-        hint = "; leave out the slash at its end" if path.rstrip("/") in ROUTES else ""
-        if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
-            hint = f"; base_url should be {self.base_url()}"
-        if path == "/v1/v1/messages":  # Anthropic's clients put the first one there themselves
-            hint = f"; the base URL should be {self.base_url()[:-len('/v1')]} here"
-        raise ProxyError(404, f"no route {self.command} {path[:200]}{hint}", code="no_route")
-
-    # --- routes ---
+    def __init__(self, handler: ProxyHandler, request: Request, body: bytes) -> None:
+        self.server, self.headers, self.body = handler.server, request.headers, body
+        self.reply, self.record, self.elapsed = handler.reply, handler.record, handler.elapsed
+        path, mark, query = request.path.partition("?")
+        self.base_url, self.route = base_url(self.server.url, request.headers), self.record["route"]
+        self.target, self.trace = self.route + mark + query, "trace=1" in query.split("&")
+        self.model_id = match_route(path)[1]
 
     def root(self) -> None:
-        """GET and HEAD /: the page for a browser; for the rest, as the `ollama` program that asks
-        whether anybody is there, a line of text."""
+        """GET /: the page for browsers, a line of text for the rest (such as `ollama`)."""
         if "text/html" in self.headers.get("Accept", ""):
-            return self.send_text(PAGE, "text/html; charset=utf-8", PAGE_HEADERS)
-        self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url()}\n")
-
-    def preflight(self) -> None:
-        """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
-        methods = "GET, POST, OPTIONS" + ", DELETE" * self.server.config.allow_admin
-        self.start(200, "text/plain", 0, [
-            ("Access-Control-Allow-Methods", methods), ("Access-Control-Max-Age", "600"),
-            ("Access-Control-Allow-Headers", ", ".join(CORS_HEADERS))])
+            return self.reply.send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+        self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url}\n")
 
     def healthz(self) -> None:
         """GET /healthz: the proxy is alive."""
         self.send_text("ok\n")
 
-    def readyz(self) -> None:
-        """GET /readyz: Ollama answers, and in which version. 503 if it does not."""
-        try:
-            version = self.upstream_json("GET", "/api/version").get("version")
-        except ProxyError as error:
-            raise ProxyError(503, error.message, code=error.code) from error
-        self.send_json(200, {"ready": True, "ollama": version})
-
-    def upstream_json(self, method: str, path: str, body: Json | None = None) -> Json:
-        """What Ollama answers to a short question."""
-        return self.server.upstream.json(self.watch, method, path, body)
-
     def metrics(self) -> None:
-        """GET /metrics."""
-        self.send_text(self.server.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+        """GET /metrics, for Prometheus."""
+        self.send_text(self.server.observer.metrics(), "version=0.0.4; ")
+
+    def send_text(self, text: str, version: str = "") -> None:
+        """Send plain text."""
+        self.reply.send(200, text.encode("utf-8", "backslashreplace"),
+                        f"text/plain; {version}charset=utf-8")
+
+    def preflight(self) -> None:
+        """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
+        wished = self.headers.get("Access-Control-Request-Headers", "")
+        if not re.fullmatch(r"[\w-]*( ?, ?[\w-]+)*", wished, re.ASCII):
+            raise ProxyError(400, "Access-Control-Request-Headers is malformed")
+        self.reply.send(200, b"", "text/plain", [
+            ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+            ("Access-Control-Allow-Headers", wished), ("Access-Control-Max-Age", "600")])
+
+    def models(self) -> None:
+        """GET /v1/models and /v1/models/{id}: Ollama's own list, with the aliases.
+
+        The id is looked up in the list because Ollama's own route can't find ids with slashes.
+        """
+        with self.server.upstream.request(self.reply, "GET", "/v1/models") as response:
+            models: list[Json] = member(read_object(response), "data", list)
+        models += [{**model, "id": name} for name, target in self.server.shaper.aliases.items()
+                   for model in models if model.get("id") in (target, target + ":latest")]
+        found: list[Json] = [{**model, "id": self.model_id} for model in models
+                             if model.get("id") in (self.model_id, self.model_id + ":latest")]
+        if self.model_id and not found:
+            raise upstream_error(f"model '{self.model_id[:MAX_MODEL_NAME]}' not found")
+        self.reply.send(200, to_bytes(found[0] if found else {"object": "list", "data": models}))
 
     def chat(self) -> None:
-        """POST /v1/chat/completions."""
-        self.translated(to_ollama_chat, ChatStream)
-
-    def completions(self) -> None:
-        """POST /v1/completions."""
-        self.translated(to_ollama_generate, TextStream)
-
-    def translated(self, to_request: Callable[[Json, bool], NativeRequest],
-                   kind: type[ChatStream]) -> None:
-        """A request translated up, its answer translated down, streamed or whole."""
-        if self.headers.get("Content-Encoding", "identity") != "identity":
-            raise ProxyError(415, "a body with a Content-Encoding is not read; send it plain")
+        """POST /v1/chat/completions, translated."""
+        body = self.read_json()
+        name, shaped = str(body.get("model")), self.shape(body)
+        if len(name) > MAX_MODEL_NAME:
+            raise ProxyError(400, "'model' is too long", "model")
+        request = to_ollama_chat(shaped, self.server.settings.allow_truncation)
+        self.record["ignored"] = request.ignored
+        stream = ChatStream(name, "chatcmpl-" + os.urandom(9).hex(), int(time.time()),
+                            request.wanted)
+        if request.wanted.get("stream"):
+            self.reply.start_frames(stream.heartbeat)
         try:
-            body = parse_object(self.body, CLIENT_JSON)
-        except ValueError as error:
-            raise ProxyError(400, f"the body can't be read as a JSON object: {error}") from None
-        body = self.shape(body)
-        request = to_request(body, self.server.config.allow_truncation)
-        self.record["ignored"] = request.ignored  # to which more may come
-        stream_id, created = kind.id_prefix + os.urandom(9).hex(), int(time.time())
-        streams = [kind(str(self.model_name), stream_id, created, request.reply, index)
-                   for index in range(request.reply.get("n", 1))]
-        if request.reply.get("stream"):
-            self.send_stream(request, streams)
-        else:
-            answer = whole_answer(streams, self.choices(request, streams))
-            self.send_json(200, answer, ignored_header(request.ignored))
-
-    def send_stream(self, request: NativeRequest, streams: list[ChatStream]) -> None:
-        """A translated answer, streamed."""
-        events = self.start_events(request.ignored)
-        frame = chunk_framer(streams[0].envelope)
-        # The stream that is under way says what to send while Ollama is silent.
-        events.heartbeat = lambda: list(map(frame, next(
-            (s for s in streams if s.state != DONE), streams[-1]).heartbeat()))
-        with contextlib.closing(self.choices(request, streams)) as choices:
-            for choice in choices:
-                events.add(frame(choice))
-        if request.reply.get("include_usage"):
-            events.add(sse_event(with_usage(streams, [])))
-        events.add(SSE_DONE)
-        self.finish_events()
-
-    def choices(self, request: NativeRequest,
-                streams: list[ChatStream]) -> Generator[Json, None, None]:
-        """All that Ollama answers: one native request for each choice, one after another."""
-        trace = self.events.comment if self.events and self.trace else None
-        for stream in streams:
-            with contextlib.closing(self.ask(request, stream.index)) as answer:
-                pieces = self.waited(answer.pieces())
-                if not self.events or "forced" in request.reply:  # the whole of it is kept
-                    pieces = at_most(MAX_BODY_BYTES // len(streams), pieces)
-                for choice in translate(pieces, stream, trace):
-                    if self.record["first_token_seconds"] is None:
-                        self.record["first_token_seconds"] = self.elapsed()
-                    yield choice
-            self.record["prompt_tokens"], self.record["completion_tokens"] = count_tokens(streams)
-
-    def ask(self, request: NativeRequest, index: int) -> UpstreamAnswer:
-        """Ollama's answer for one choice. Raises ProxyError if it refuses."""
-        body = request.body
-        if index and body["options"].get("seed", -1) >= 0:  # or all choices would be the same
-            body = {**body, "options": {**body["options"], "seed": body["options"]["seed"] + index}}
-        answer = self.request_upstream("POST", request.path, to_bytes(body))
-        try:
-            answer.raise_for_status()
-            return answer
-        except (ProxyError, OSError) as error:  # OSError: the client has hung up
-            answer.close()
-            # Agents send reasoning_effort to every model; one that can't think shall answer, too.
-            if "does not support thinking" not in str(error) or "effort" not in request.reply:
+            self.answer_chat(stream, request)
+        except ProxyError as error:
+            # Agents send reasoning_effort to every model; one that can't think should answer, too.
+            if "does not support thinking" not in error.message or "effort" not in request.wanted:
                 raise
-        del request.reply["effort"], request.body["think"]
-        request.ignored.append("reasoning_effort")
-        return self.ask(request, index)
+            del request.wanted["effort"], request.body["think"]
+            request.ignored.append("reasoning_effort")
+            self.answer_chat(stream, request)
 
-    def request_upstream(self, method: str, path: str, body: bytes | None,
-                         headers: Json | None = None) -> UpstreamAnswer:
-        """Send a request to Ollama and wait for its answer's head."""
-        def send() -> UpstreamAnswer:
-            return self.server.upstream.request(self.watch, method, path, body, headers)
-        if not self.events:
-            return send()
-        if self.trace:
-            self.events.comment(f"{method} {path} ".encode() + (body or b""))
-        answer: UpstreamAnswer = self.events.wait_for(send)
-        return answer
+    def answer_chat(self, stream: ChatStream, request: NativeRequest) -> None:
+        """Send a translated request and translate the answer, streamed or whole."""
+        streamed, data = request.wanted.get("stream"), to_bytes(request.body)
+        trace = self.reply.comment if streamed and self.trace else lambda data: None
+        if not self.server.shaper.hook:  # its additions are private
+            trace(b"POST /api/chat " + data)
+        with self.server.upstream.request(self.reply, "POST", "/api/chat", data) as response:
+            if response.status != 200:
+                raise refusal(response, request.wanted)
+            lines = body_lines(response)
+            if not streamed or "forced" in request.wanted:  # all of it is kept
+                lines = at_most(MAX_BODY_BYTES, lines)
+            choices = self.timed(translate(lines, stream, trace))
+            if not streamed:
+                self.reply.send(200, to_bytes(whole_answer(stream, choices)))
+            else:
+                for part in choices:
+                    self.reply.add(stream.frame(part))
+                if request.wanted.get("usage"):
+                    self.reply.add(sse_event(stream.with_usage([])))
+                self.reply.add(SSE_DONE)
+                self.reply.flush(last=True)
+        self.record["prompt_tokens"], self.record["completion_tokens"] = stream.tokens
 
-    def waited(self, pieces: Iterator[bytes]) -> Iterator[bytes]:
-        """The pieces of an answer; if it goes out as events, with heartbeats between them."""
-        return self.events.pieces(pieces) if self.events else pieces
+    def timed(self, parts: Iterable[Any]) -> Iterator[Any]:
+        """Yield the same parts; note when the first came."""
+        for part in parts:
+            if self.record["first_token_seconds"] is None:
+                self.record["first_token_seconds"] = self.elapsed()
+            yield part
 
     def embeddings(self) -> None:
-        """POST /v1/embeddings: passed through, but for arrays of tokens, which Ollama refuses."""
+        """POST /v1/embeddings: passed through, except arrays of tokens, which Ollama refuses."""
         with contextlib.suppress(ValueError):
             texts = parse_object(self.body).get("input")
             if isinstance(texts, list) and any(not isinstance(text, str) for text in texts):
-                raise ProxyError(400, "'input' must be text; Ollama takes no tokens (with LangChain"
-                                 ": OpenAIEmbeddings(check_embedding_ctx_length=False))", "input")
+                raise ProxyError(400, "'input' must be text; Ollama takes no token arrays. With "
+                                 "LangChain, use OpenAIEmbeddings(check_embedding_ctx_length="
+                                 "False)", "input")
         self.passthrough()
 
     def passthrough(self) -> None:
-        """Ollama's own formats, byte for byte, or on request each line of NDJSON as a frame."""
+        """Ollama's own formats, byte for byte; on request, each line of NDJSON as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
-        body = self.shape_native() if self.body or self.command == "POST" else None
-        if "text/event-stream" in self.headers.get("Accept", "") and self.target[:5] == "/api/":
-            self.start_events()
-        with contextlib.closing(self.request_upstream(
-                self.command, self.target, body, headers)) as answer:
-            if self.events and answer.status == 200:
-                for frame in raw_frames(self.counted(answer), self.needs_done()):
-                    self.events.add(frame)
-                return self.finish_events()
-            if self.head_sent:  # by a heartbeat
-                answer.raise_for_status()
-            self.events = None
-            self.start(answer.status, answer.content_type, answer.length, answer.headers)
-            for piece in self.counted(answer):
-                self.write(piece)
-            self.finish_body()
+        body = self.shaped_body() if self.reply.method == "POST" else None
+        framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
+        if framed:
+            self.reply.start_frames(lambda: [sse_comment(b"heartbeat")])
+        with self.server.upstream.request(self.reply, self.reply.method, self.target, body,
+                                          headers) as response:
+            status, kind = response.status, media_type(response)
+            if status != 200 and self.reply.begun or status >= 400 and self.route[:4] == "/v1/":
+                raise refusal(response)  # in OpenAI's form
+            if framed and status == 200:
+                for frame in raw_frames(self.watched(response, body_lines(response)),
+                                        kind == NDJSON):
+                    self.reply.add(frame)
+                return self.reply.flush(last=True)
+            if status >= 400:
+                self.record.update(end="error", error=f"status_{status}")
+            self.reply.start(status, response.getheader("Content-Type", "application/octet-stream"),
+                             None if response.length is None else int(
+                                 response.getheader("Content-Length", "0")), retry_after(response))
+            try:
+                for piece in self.watched(response, body_pieces(response)):
+                    self.reply.add(piece)
+            except ProxyError:
+                self.reply.flush()  # what came before the cut
+                raise
+            self.reply.flush(last=True)
 
-    def needs_done(self) -> bool:
-        """Must an answer of this route of Ollama's have a record that says done?"""
-        return self.record["route"] in ("/api/chat", "/api/generate")
-
-    def counted(self, answer: UpstreamAnswer) -> Iterator[bytes]:
-        """The pieces of an answer that is passed through; the counts at its end are noted."""
-        if answer.status != 200:
-            yield from answer.pieces()
-            return
-        tail, first = b"", 0.0
+    def watched(self, response: http.client.HTTPResponse,
+                pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield the same pieces; note the tokens. Raises ProxyError 502 if the answer was cut."""
+        marks = EndMarks(media_type(response) if response.status == 200 else "")
         try:
-            for piece in self.waited(answer.pieces()):
-                first = first or self.elapsed()
-                tail = (tail + piece)[-TAIL_BYTES:]
+            for piece in self.timed(pieces) if marks.kind in (NDJSON, SSE) else pieces:
+                marks.feed(piece)
                 yield piece
-            if self.needs_done() and not re.search(rb'"done": ?true', tail):
-                self.record.update(end="upstream cut", error="upstream_cut")
-        finally:  # raw_frames() reads no further than the record that says done
-            if re.search(rb'(^|\n)\{"error":', tail):
+        finally:
+            ended = marks.close()
+            if marks.failed:
                 self.record.update(end="error", error="upstream_error")
-            for name, pattern in TOKEN_COUNTS.items():
-                found = pattern.findall(tail)
-                if found:
-                    self.record[name] = int(found[-1])
-                    self.record["first_token_seconds"] = first
+            self.record.update(marks.counts)
+        if not ended or marks.empty and "transcriptions" in self.target:
+            raise cut_upstream("it ended without its end mark")
 
-    def models(self) -> None:
-        """GET /v1/models: /api/tags in OpenAI's form, with what Ollama knows beyond it."""
-        tags = self.upstream_json("GET", "/api/tags")
-        models = [to_openai_model(tag) for tag in member(tags, "models", list)]
-        models += [{**model, "id": name} for name, target in self.server.aliases.items()
-                   for model in models if model["id"] in (target, target + ":latest")]
-        self.send_json(200, {"object": "list", "data": models})
-
-    def model(self) -> None:
-        """GET /v1/models/{id}: one of them, from /api/show. The id may contain slashes."""
-        shown = self.upstream_json("POST", "/api/show", {
-            "model": self.server.aliases.get(self.rest, self.rest)})
-        info = member(shown, "model_info", dict)
-        length = info.get(f"{info.get('general.architecture')}.context_length")
-        self.send_json(200, to_openai_model({
-            **shown, "name": self.rest, **({"context_length": length} if length else {})}))
-
-    # --- shape and observe ---
-
-    def hook(self, name: str, *arguments: Any) -> Any:
-        """What a hook returns. An OSError, an exit or an endless recursion in it is its own fault,
-        and must not pass for one of the client; but PermissionError("text"), without an errno, is
-        its refusal."""
+    def read_json(self) -> Json:
+        """Return the body as an object. Raises ProxyError 400 or 415."""
+        if self.headers.get("Content-Encoding", "identity") != "identity":
+            raise ProxyError(415, "send the body without Content-Encoding: the proxy must read it")
         try:
-            return self.server.hooks[name](*arguments)
-        except (OSError, SystemExit, RecursionError) as error:
-            if isinstance(error, PermissionError) and error.errno is None:
-                raise ProxyError(401, str(error) or "not allowed", code="invalid_api_key",
-                                 headers=[("WWW-Authenticate", "Bearer")]) from None
-            raise RuntimeError(f"the hook {name} failed") from error
+            return parse_object(self.body, CLIENT_JSON)
+        except ValueError as error:
+            raise ProxyError(400, f"the body is not a JSON object: {error}") from None
 
     def shape(self, body: Json) -> Json:
-        """What the client sent, as the hook, the aliases and the defaults will have it. Answers
-        and the log go by the name of the model that the client used."""
-        self.model_name = body.get("model")
-        if isinstance(self.model_name, str):
-            if len(self.model_name) > MAX_MODEL_NAME:
-                raise ProxyError(400, "'model' is too long", "model")
-            self.record["model"] = self.model_name[:MAX_NAME]
-        if "shape" in self.server.hooks:
-            changed = self.hook("shape", self.record["route"], body, self.record["caller"])
-            body = body if changed is None else changed
-        config = self.server.config
-        model, options = body.get("model"), body.get("options") or {}
-        if isinstance(model, str) and model in self.server.aliases:
-            body = {**body, "model": self.server.aliases[model]}
-        if self.record["route"] in TAKE_OPTIONS and isinstance(options, dict):
-            if config.option:
-                body = {**body, "options": {**dict(config.option), **options}}
-            if config.keep_alive is not None and body.get("keep_alive") is None:
-                body = {**body, "keep_alive": config.keep_alive}
-        return body
+        """Return the body as hook, aliases and defaults want it; the log has the original model."""
+        if isinstance(body.get("model"), str):
+            self.record["model"] = body["model"][:MAX_NAME]
+        return self.server.shaper.shape(self.route, body, self.record["caller"])
 
-    def shape_native(self) -> bytes:
-        """The body of a route that is passed through: the same bytes, unless it is to be changed.
-        Audio and blobs are not looked into; the hook sees {} and may refuse them."""
-        if self.record["route"] in ("/v1/audio/transcriptions", "/api/blobs/*") or not self.body:
+    def shaped_body(self) -> bytes:
+        """Return the body for a route that is passed through: the same bytes, unless changed."""
+        if self.route == "/v1/audio/transcriptions":  # not JSON; a hook sees {}
             self.shape({})
-            return self.body
-        config = self.server.config
-        shaped = (config.alias or config.option or config.keep_alive is not None
-                  or "shape" in self.server.hooks)
-        try:
-            body = parse_object(self.body, CLIENT_JSON)
-        except ValueError as error:
-            if shaped:
-                raise ProxyError(400, f"the body must be a JSON object: {error}") from None
-            return self.body
-        if not shaped:
-            self.shape(body)  # for the log
-            return self.body
-        for name in body:  # Ollama takes "Model" for "model", and would so past the hook's eyes
-            if not re.fullmatch("[a-z0-9_]+", name):
-                raise ProxyError(400, f"the name {name[:60]!r} is not in small letters", name[:60])
-        before, after = to_bytes(body), to_bytes(self.shape(body))
-        return self.body if after == before else after
-
-    def elapsed(self) -> float:
-        """Seconds since the request began."""
-        return round(time.monotonic() - self.started, 4)
-
-    def observe(self) -> None:
-        """The request has ended: a line in the log, numbers in the metrics, a call of the hook."""
-        record = self.record
-        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        record["seconds"] = self.elapsed()
-        record["client"] = self.client_address[0]
-        ignored = (record["ignored"] or [])[:MAX_IGNORED_NAMES]
-        record["ignored"] = [name[:MAX_NAME] for name in ignored]
-        record["status"] = record["status"] or 499  # nginx's number for a client that did not wait
-        rest = record["seconds"] - (record["first_token_seconds"] or 0)
-        if record["completion_tokens"] and rest > 0:
-            record["tokens_per_second"] = round(record["completion_tokens"] / rest, 1)
-        self.server.metrics.record(record)
-        say(ascii_json(record) if self.server.config.log == "json" else log_line(record))
-        if "observe" in self.server.hooks:
-            try:
-                self.hook("observe", dict(record))
-            except Exception:  # noqa: BLE001  a stranger's code, after the answer: log it and go on
-                say(traceback.format_exc())
-
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
-        """Called with the status line; the line for the log comes at the end."""
-        self.record["status"] = int(code)
-
-    # --- helpers ---
-
-    def base_url(self) -> str:
-        """What an SDK is to be given, by the name that this client knows us by."""
-        own = urllib.parse.urlsplit(self.server.url)
-        return f"{own.scheme}://{self.headers.get('Host', own.netloc)}/v1"
-
-    def send_text(self, text: str, content_type: str = "text/plain; charset=utf-8",
-                  headers: Iterable[tuple[str, str]] = ()) -> None:
-        """A whole answer of text."""
-        body = text.encode("utf-8", "backslashreplace")
-        self.start(200, content_type, len(body), headers)
-        self.write(body)
-
-    def start_events(self, ignored: list[str] | tuple[()] = ()) -> EventStream:
-        """From now on the answer is an SSE stream, with heartbeats."""
-        self.events = EventStream(self, ignored)
-        self.watch.beat = self.events.beat
-        return self.events
-
-    def finish_events(self) -> None:
-        """The end of a stream, whose last frame is there."""
-        assert self.events
-        self.events.flush()
-        self.record["end"] = self.record["end"] or "done"  # a client may leave: it has everything
-        self.finish_body()
-
-    def fail(self, error: ProxyError) -> None:
-        """Say what went wrong in the one way that is still open: a status, a frame, or a cut."""
-        self.record["error"] = error.code or f"status_{error.status}"
-        self.record["end"] = "upstream cut" if error.code == "upstream_cut" else "error"
-        try:
-            if self.events:  # what came before the error was good
-                self.events.flush()
-            if not self.head_sent:
-                super().fail(error)
-            elif self.events:
-                self.events.add(sse_event(error.body()))
-                self.events.flush()
-                self.finish_body()
-            else:  # a body in Ollama's own format: only a missing end tells that it is not whole
-                self.close_connection = True
-        except OSError:
-            self.close_connection = True  # the client is gone
-
-    def linger(self) -> None:
-        """After a refusal read on for a moment: closing a socket that has unread bytes resets the
-        connection, and the client would see that instead of our refusal."""
-        if self.close_connection and self.record["end"] == "error":
-            with contextlib.suppress(OSError):  # the client is gone already
-                self.connection.shutdown(socket.SHUT_WR)
-                self.connection.settimeout(LINGER_SECONDS)
-                deadline = time.monotonic() + LINGER_SECONDS
-                while time.monotonic() < deadline and self.connection.recv(READ_BYTES):
-                    pass
-
-    def version_string(self) -> str:
-        """The Server header, without the version of Python."""
-        return f"ndjson_sse_proxy/{__version__}"
-
-    def end_headers(self) -> None:
-        """Every answer has an id to find it by in the log, and says whether a page may read it.
-        None but the page is one: what an upstream says is HTML shall not run as ours."""
-        self.send_header("X-Request-Id", self.record["id"])
-        self.send_header("X-Content-Type-Options", "nosniff")
-        if self.record["route"] != "/":
-            self.send_header("Content-Security-Policy", "default-src 'none'; sandbox")
-        if self.origin:
-            self.send_header("Access-Control-Allow-Origin", self.origin)
-            self.send_header("Access-Control-Expose-Headers",
-                             "x-request-id, retry-after, x-ignored-fields")
-            self.send_header("Vary", "Origin")
-        super().end_headers()
+        elif self.server.shaper.changes(self.route):
+            body = self.read_json()
+            for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
+                if not re.fullmatch("[a-z0-9_]+", name):
+                    raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
+            before, after = to_bytes(body), to_bytes(self.shape(body))
+            return self.body if after == before else after
+        else:
+            with contextlib.suppress(ValueError):
+                self.shape(parse_object(self.body, CLIENT_JSON))  # for the log
+        return self.body
 
 
-CORS_HEADERS = (
-    "authorization", "content-type", "accept", "user-agent", "x-api-key", "anthropic-version",
-    "anthropic-beta", "openai-organization", "openai-project", *(f"x-stainless-{name}" for name in (
-        "arch", "helper-method", "lang", "os", "package-version", "retry-count", "runtime",
-        "runtime-version", "timeout")))
-TAIL_BYTES = 4096  # of a passed-through answer; the counts of tokens are at its end
-TOKEN_COUNTS = {
-    "prompt_tokens": re.compile(rb'"(?:prompt_eval_count|input_tokens|prompt_tokens)": ?(\d{1,9})'),
-    "completion_tokens": re.compile(
-        rb'"(?:eval_count|output_tokens|completion_tokens)": ?(\d{1,9})')}
-TAKE_OPTIONS = ("/v1/chat/completions", "/v1/completions", "/api/chat", "/api/generate",
-                "/api/embed", "/api/embeddings")
-PASSED_HEADERS = (
-    "Content-Type", "Content-Encoding", "Accept", "anthropic-version", "anthropic-beta")
-
-# Path, method, what serves it; None: it would change what Ollama has. Whatever is not here is a
-# 404 and never forwarded.
-ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
-    "/": {"GET": ProxyHandler.root},
-    "/healthz": {"GET": ProxyHandler.healthz},
-    "/readyz": {"GET": ProxyHandler.readyz},
-    "/metrics": {"GET": ProxyHandler.metrics},
-    "/v1/chat/completions": {"POST": ProxyHandler.chat},
-    "/v1/completions": {"POST": ProxyHandler.completions},
-    "/v1/models": {"GET": ProxyHandler.models},
-    "/v1/models/*": {"GET": ProxyHandler.model},
-    "/v1/embeddings": {"POST": ProxyHandler.embeddings},
-    **{path: {"POST": ProxyHandler.passthrough} for path in (
-        "/v1/responses", "/v1/messages", "/v1/audio/transcriptions", "/api/chat", "/api/generate",
-        "/api/embed", "/api/embeddings", "/api/show")},
-    **{path: {"GET": ProxyHandler.passthrough} for path in (
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+# Path, method, and what serves it. None: it would change Ollama. Everything else is a 404 and is
+# never forwarded. A * is the rest of the path.
+ROUTES: dict[str, dict[str, Callable[[Routes], None] | None]] = {
+    "/": {"GET": Routes.root},
+    "/healthz": {"GET": Routes.healthz},
+    "/metrics": {"GET": Routes.metrics},
+    "/v1/chat/completions": {"POST": Routes.chat},
+    "/v1/models": {"GET": Routes.models},
+    "/v1/models/*": {"GET": Routes.models},
+    "/v1/embeddings": {"POST": Routes.embeddings},
+    **{path: {"POST": Routes.passthrough} for path in (
+        "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions",
+        "/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
+    **{path: {"GET": Routes.passthrough} for path in (
         "/api/tags", "/api/ps", "/api/version", "/api/status")},
     **{path: {"POST": None} for path in (
         "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/me", "/api/signout",
@@ -2515,457 +1954,480 @@ ROUTES: dict[str, dict[str, Callable[[ProxyHandler], None] | None]] = {
 
 
 def match_route(path: str) -> tuple[str, str]:
-    """The row of ROUTES for a path, or "none", and what its * stands for.
+    """Return the row of ROUTES for a path, or "none", and what its * stands for.
 
-    A path is decoded once and must then be the row's, to the letter. A * is one plain name, so
-    that no dots or slashes get up to Ollama; but the id of a model, which goes up in a body, may
-    be anything.
+    A path is decoded once and must then match exactly, without coded slashes; but a model's id,
+    which is only looked up, may be anything.
     """
     decoded, coded_slash = urllib.parse.unquote(path), "%2f" in path.lower()
     for key in ROUTES:
-        rest = decoded[len(key) - 1:] if key.endswith("/*") and decoded.startswith(key[:-1]) else ""
-        if key == "/v1/models/*" and rest:
-            return key, rest
-        if not coded_slash and (decoded == key or re.fullmatch(r"[\w:-]+", rest, re.ASCII)):
+        rest = decoded[len(key) - 1:] if key[-1] == "*" and decoded.startswith(key[:-1]) else ""
+        if decoded == key and not coded_slash or rest and (
+                key == "/v1/models/*" or re.fullmatch(r"[\w:-]+", rest, re.ASCII)):
             return key, rest
     return "none", ""
 
 
-def at_most(limit: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same pieces. Raises ProxyError 502 if they are too many bytes to be kept."""
-    for piece in pieces:
-        limit -= len(piece)
-        if limit < 0:
-            raise broken_upstream("an answer too long to be kept whole; stream it")
-        yield piece
+def find_route(method: str, path: str, url: str) -> Callable[[Routes], None]:
+    """Return the method for a path. Raises ProxyError 403, 404, 405 or 501, with a hint."""
+    if method not in METHODS:
+        raise ProxyError(501, "unknown method")
+    known = match_route(path)[0]
+    methods = ROUTES.get(known, {})
+    route = methods.get(method, methods.get("GET") if method == "HEAD" else None)
+    if route:
+        return route
+    if method in methods:
+        raise ProxyError(403, f"{method} {known} changes Ollama; run it on the Ollama machine",
+                         code="admin_route")
+    if methods:
+        allow = ", ".join(methods)
+        raise ProxyError(405, f"{known} takes only {allow}", headers=[("Allow", allow)])
+    hint = "; remove the slash at its end" if path.rstrip("/") in ROUTES else ""
+    if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
+        hint = f"; base_url should be {url}"
+    if path == "/v1/v1/messages":  # Anthropic's clients add /v1 themselves
+        hint = f"; the base URL should be {url[:-len('/v1')]} here"
+    raise ProxyError(404, f"no route {method} {path[:200]}{hint}", code="no_route")
 
 
-def ignored_header(names: list[str] | tuple[()]) -> list[tuple[str, str]]:
-    """X-Ignored-Fields: the client's own words, made safe for a header."""
-    shown = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
-             for name in names[:MAX_IGNORED_NAMES]]
-    if len(names) > len(shown):
-        shown.append(f"and {len(names) - len(shown)} more")
-    return [("X-Ignored-Fields", ", ".join(shown))] if shown else []
+def base_url(url: str, headers: http.client.HTTPMessage) -> str:
+    """Return what an SDK needs, with the name that this client knows us by."""
+    own = urllib.parse.urlsplit(url)
+    return f"{own.scheme}://{headers.get('Host', own.netloc)}/v1"
 
 
-def to_openai_model(tag: Json) -> Json:
-    """An entry of /api/tags as one of /v1/models."""
-    try:  # 2026-11-22T22:18:01, then fractions and a zone that differ from model to model
-        modified = time.strptime(member(tag, "modified_at", str)[:19], "%Y-%m-%dT%H:%M:%S")
-    except ValueError:
-        modified = time.gmtime(0)
-    extra = {**member(tag, "details", dict), **tag}
-    return {"id": member(tag, "name", str), "object": "model", "created": calendar.timegm(modified),
-            "owned_by": "library", **{name: extra[name] for name in (
-                "context_length", "capabilities", "description") if name in extra}}
+class ProxyHandler(http.server.BaseHTTPRequestHandler):
+    """One client connection, in its own thread."""
+
+    server: ProxyServer
+    disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
+    timeout = CLIENT_SECONDS
+    rbufsize = 0  # setup() has a reader of its own
+
+    def setup(self) -> None:
+        """Prepare the connection, including the TLS handshake."""
+        self.excess = self.server.connections > self.server.settings.max_connections
+        super().setup()
+        self.rfile.close()
+        if isinstance(self.connection, ssl.SSLSocket):
+            self.connection.do_handshake()
+        self.reader = DeadlineReader(self.connection)
+        self.rfile = io.BufferedReader(self.reader, 2048)  # there may be thousands of clients
+
+    def handle_one_request(self) -> None:
+        """Read a request, answer it, log it."""
+        seconds = LINGER_SECONDS if self.excess else CLIENT_SECONDS
+        self.reader.deadline = time.monotonic() + seconds
+        try:
+            first = self.rfile.readline(MAX_HEAD_BYTES + 1)
+        except (ClientGone, ProxyError):
+            first = b""
+        self.close_connection = True
+        if first:
+            self.started = time.monotonic()  # not before: the client may have been idle
+            self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
+                                 "id": "req_" + os.urandom(12).hex()}
+            self.reply = Reply(self.connection, self.record, self.server.settings,
+                               lambda: self.server.stopping)
+            self.server.observer.count("active_requests")
+            self.run(first)
+            self.server.observer.count("active_requests", "", -1)
+            self.observe()
+            self.close_connection = self.reply.close or self.server.draining
+            if self.reply.close and self.record["end"] == "error" and not self.reply.cut:
+                self.linger()
+
+    def run(self, first: bytes) -> None:
+        """Answer a request. The one place that decides how it ended."""
+        try:
+            try:
+                self.answer(first)
+            except PermissionError as error:
+                if error.errno is not None:  # the system's; a hook's own has no number
+                    raise
+                self.fail(refused_key(str(error)))
+            except ProxyError as error:
+                self.fail(error)
+        except ClientGone:
+            self.record["end"], self.reply.close = "client hang-up", True
+        except BaseException:  # noqa: BLE001  this thread's boundary: nothing may pass unseen
+            say_traceback()
+            self.reply.close = True
+            with contextlib.suppress(ClientGone):
+                self.fail(ProxyError(500, "internal error; the proxy's log has the details"))
+
+    def fail(self, error: ProxyError) -> None:
+        """Answer with an error, and note it."""
+        self.record.update(error=error.code or f"status_{error.status}", detail=error.detail,
+                           end="upstream cut" if error.code == "upstream_cut" else "error")
+        self.reply.fail(error)
+
+    def answer(self, first: bytes) -> None:
+        """Read the request, check who sent it, and run its route."""
+        try:
+            request = read_head(first, self.rfile.readline)
+            route = self.admit(request)
+            self.reader.deadline = time.monotonic() + BODY_SECONDS
+            go_on = b"HTTP/1.1 100 Continue\r\n\r\n" * (request.version == "HTTP/1.1")
+            body = read_body(request, self.rfile, functools.partial(self.reply.write, go_on))
+        finally:
+            self.connection.settimeout(CLIENT_SECONDS)  # for writing
+        # Everything that was sent is read, so another request may follow.
+        self.reply.close = (
+            request.version == "HTTP/1.0" or self.excess or self.server.draining
+            or "close" in ",".join(request.headers.get_all("Connection", [])).lower())
+        route(Routes(self, request, body))
+
+    def admit(self, request: Request) -> Callable[[Routes], None]:
+        """Return the route, if the Host, Origin and key are right."""
+        path, headers, gate = request.path.partition("?")[0], request.headers, self.server.gate
+        self.record.update(method=request.method, route=match_route(path)[0])
+        self.reply.version, self.reply.method = request.version, request.method
+        self.reply.cors = gate.check_site(headers)
+        if request.method == "OPTIONS" and "Origin" in headers:
+            return Routes.preflight
+        if path not in ("/", "/healthz"):
+            self.record["caller"] = gate.authenticate(headers)
+        if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
+            raise ProxyError(
+                503, "the proxy is shutting down" if self.server.draining else
+                "the proxy has no free connections", code="proxy_busy",
+                headers=[("Retry-After", "1")])
+        return find_route(request.method, path, base_url(self.server.url, headers))
+
+    def linger(self) -> None:
+        """After a refusal read on for a moment: closing a socket that has unread bytes resets the
+        connection, and the client would see that instead of the refusal."""
+        with contextlib.suppress(OSError):  # the client is gone already
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(LINGER_SECONDS)
+            deadline = time.monotonic() + LINGER_SECONDS
+            while time.monotonic() < deadline and self.connection.recv(SLICE_BYTES):
+                pass
+
+    def elapsed(self) -> float:
+        """Return the seconds since the request began."""
+        return round(time.monotonic() - self.started, 4)
+
+    def observe(self) -> None:
+        """Complete the record of this request and pass it on."""
+        record = self.record
+        record.update(
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), seconds=self.elapsed(),
+            client=self.client_address[0], status=record["status"] or 499,  # nginx's number
+            ignored=[name[:MAX_NAME] for name in (record["ignored"] or [])[:MAX_IGNORED_NAMES]])
+        if record["completion_tokens"] and record["first_token_seconds"] is not None:
+            seconds = max(record["seconds"] - record["first_token_seconds"], 0.0001)
+            record["tokens_per_second"] = round(record["completion_tokens"] / seconds, 1)
+        self.server.observer.observe(record)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """http.server's threading server, with the defaults that a streaming server needs."""
+class ProxyServer(http.server.ThreadingHTTPServer):
+    """The proxy. It accepts connections as soon as it exists; serve_forever() answers them."""
 
     daemon_threads = True  # a stream that never ends must not keep the process alive
     request_queue_size = 128  # the default of 5 refuses a burst of clients
-    tls: ssl.SSLContext | None = None
-    connections = 0  # open now, those between two requests included
-    connection_limit = 1 << 30  # beyond it they are closed as soon as they come
-    reuse_port = False
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
 
-    def __init__(self, host: str, port: int, handler: type[JsonHandler]) -> None:
+    def __init__(self, settings: argparse.Namespace, upstream_key: str = "") -> None:
+        self.settings, self.hooks = settings, load_hooks(settings.hooks)
+        keys = settings.api_key or settings.api_key_file
+        self.gate = Gate(Keys(settings.api_key, settings.api_key_file) if keys else None,
+                         self.hooks.get("authenticate"))
+        self.shaper = Shaper(settings, self.hooks.get("shape"))
+        self.observer = Observer(settings.log, self.hooks.get("observe"))
+        self.upstream = Upstream(settings.upstream, upstream_key)
+        self.draining = self.stopping = False  # no new requests; no more answers either
+        self.connections, self._lock = 0, threading.Lock()
+        host = str(settings.listen.hostname)
+        if not (self.gate.keys or self.gate.hook or settings.insecure or all(
+                ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback
+                for found in socket.getaddrinfo(host, None))):
+            raise ValueError(f"anyone who can reach {host} could use your Ollama; set keys with "
+                             "--api-key-file FILE, or allow everyone with --insecure")
+        self._tls: ssl.SSLContext | None = None
+        if settings.tls_cert or settings.tls_key:
+            self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
+            for path in filter(None, (settings.tls_cert, settings.tls_key)):
+                open(path, "rb").close()  # whose error names the file; ssl's does not
+            try:
+                self._tls.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+            except OSError as error:
+                raise ValueError(f"--tls-cert {settings.tls_cert}, --tls-key "
+                                 f"{settings.tls_key or 'in the same file'}: {error}") from None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._lock = threading.Lock()
-        super().__init__((host, port), handler)
-        host = f"[{host}]" if ":" in host else host
-        self.url = f"{'https' if self.tls else 'http'}://{host}:{self.server_port}"
+        super().__init__((host, settings.listen.port or 0), ProxyHandler)
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address that works
+        shown = f"[{shown}]" if ":" in shown else shown
+        self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.server_port}"
+
+    def server_bind(self) -> None:
+        """Skip HTTPServer's look-up of its own name, which hangs on a machine without DNS."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def get_request(self) -> tuple[Any, Any]:
-        """A new connection; its TLS handshake waits for the connection's own thread."""
-        try:
-            connection, address = super().get_request()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self.pause(error)
-            raise  # to the base class, which goes on
-        if self.tls:
-            connection = self.tls.wrap_socket(connection, True, do_handshake_on_connect=False)
+        """Accept a connection; its TLS handshake waits for the connection's own thread."""
+        connection, address = super().get_request()
+        if self._tls:
+            connection = self._tls.wrap_socket(connection, True, do_handshake_on_connect=False)
         with self._lock:
             self.connections += 1
         return connection, address
 
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Close connections that are far too many; some above the limit still get a 503."""
+        return bool(self.connections <= self.settings.max_connections + MAX_EXTRA)
+
     def shutdown_request(self, request: Any) -> None:
-        """The end of a connection, however it comes about."""
-        if isinstance(request, ssl.SSLSocket):  # TLS has a goodbye of its own
-            with contextlib.suppress(OSError, ValueError):  # it is not waited for
-                request.settimeout(0)
-                request.unwrap()
-        super().shutdown_request(request)
+        """End a connection. The base class sends a FIN first, which would hide a reset."""
+        self.close_request(request)
         with self._lock:
             self.connections -= 1
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Is there to be a thread for it?"""
-        return self.connections <= self.connection_limit
-
-    def pause(self, error: Exception) -> None:
-        """Wait: the next try now would fail, too, and the one after, as fast as they can."""
-        say(f"warning: no new connections for a moment: {error}")
-        time.sleep(PAUSE_SECONDS)
-
-    def server_bind(self) -> None:
-        """Without HTTPServer's look-up of its own name, which hangs on a box without a DNS."""
-        if self.reuse_port:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that is gone is no event; anything else is ours and must be seen."""
+        """Log what goes wrong before a request, but not clients that leave."""
         error = sys.exc_info()[1]
         if isinstance(error, ssl.SSLError):
-            say(f"warning: no TLS with {client_address[0]}: {error}")
-        elif isinstance(error, RuntimeError) and "start new thread" in str(error):
-            self.pause(error)
+            say(f"warning: TLS with {client_address[0]} failed: {error}")
         elif not isinstance(error, OSError):
-            super().handle_error(request, client_address)
+            say_traceback()
 
-
-class ProxyServer(Server):
-    """The proxy; it listens as soon as it is made."""
-
-    def __init__(self, config: Config, upstream_key: str = "") -> None:
-        self.config = config
-        self.via = "ndjson_sse_proxy-" + os.urandom(6).hex()  # to know our own requests by
-        self.upstream = Upstream(config, self.via, upstream_key)
-        self.keys, self.hooks = Keys(config.api_key, config.api_key_file), load_hooks(config.hooks)
-        self.aliases, self.metrics = dict(config.alias), Metrics()
-        self.watchdog, self.draining = Watchdog(config.idle_timeout), False
-        self.connection_limit = config.max_connections + MAX_EXTRA
-        self.reuse_port = config.reuse_port
-        host, guarded = str(config.listen.hostname), bool(self.keys) or "authenticate" in self.hooks
-        if not guarded and not config.insecure and not is_loopback(host):
-            raise ValueError(f"anybody who reaches {host} could use your Ollama; ask for keys with "
-                             "--api-key-file FILE, or let everybody in with --insecure")
-        if config.allow_admin and not guarded:
-            raise ValueError("--allow-admin needs keys (--api-key-file FILE)")
-        if config.reuse_port and not hasattr(socket, "SO_REUSEPORT"):
-            raise ValueError("--reuse-port: this system has no such thing")
-        if config.tls_cert or config.tls_key:
-            self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            self.tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            try:
-                self.tls.load_cert_chain(config.tls_cert, config.tls_key or None)
-            except OSError as error:
-                key = f" --tls-key {config.tls_key}" if config.tls_key else ""
-                raise ValueError(f"--tls-cert {config.tls_cert}{key}: {error}") from None
-        super().__init__(host, config.listen.port or 0, ProxyHandler)
-        self.watchdog.start()
-
-    def drain(self, impatient: Callable[[], bool] = lambda: False) -> bool:
-        """Stop accepting, and wait until the requests that are under way have ended, or time is up,
-        or somebody is impatient. Were all answers whole?"""
+    def drain(self) -> bool:
+        """Let running requests end, for DRAIN_SECONDS at most; the rest end with an error. Returns
+        whether all answers were complete."""
         self.draining = True
         self.shutdown()
         self.server_close()
-        self._wait_for_requests(self.config.drain_timeout, impatient)
-        whole = not self.watchdog
-        self.watchdog.end_all(ProxyError(503, "the proxy was stopped before the answer was whole",
-                                         code="proxy_stopped"))
-        self._wait_for_requests(LINGER_SECONDS, lambda: False)  # which are saying so
-        self.watchdog.stop()
+        whole = False
+        for seconds in DRAIN_SECONDS, LINGER_SECONDS:
+            deadline = time.monotonic() + seconds
+            while self.observer.active and time.monotonic() < deadline:
+                time.sleep(0.02)
+            whole = whole or not self.observer.active and not self.stopping
+            self.stopping = True
         return whole
 
-    def _wait_for_requests(self, seconds: float, impatient: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + seconds
-        while self.watchdog and not impatient() and time.monotonic() < deadline:
-            time.sleep(0.02)
 
+# ---- 10. Demo: a scripted Ollama -----------------------------------------------------------------
+# For a first look without Ollama. It is spoken to over a real socket, like any other.
 
-def is_loopback(host: str) -> bool:
-    """Can only this machine reach a server that listens there?"""
-    return all(ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback
-               for found in socket.getaddrinfo(host, None))
-
-
-# ---- 11. Demo: a scripted Ollama, spoken to over a real socket like any other ------------------
-# For a first look without an Ollama, and for the clients in CI: each model shows one thing.
-
-
-def words(text: str, key: str = "content") -> list[Json]:
-    """A text as the messages of a stream, one word each.
-
-    >>> words("Hello there")
-    [{'content': 'Hello'}, {'content': ' there'}]
-    """
-    return [{key: word} for word in re.findall(r"\s*\S+", text)]
-
-
-def sample(schema: Any, root: Any) -> Any:
-    """A value that fits a JSON schema, as a model under `format` would write one.
-
-    >>> sample({"type": "object", "properties": {"n": {"enum": [3]}, "s": {"type": "string"}}}, {})
-    {'n': 3, 's': 'text'}
-    """
-    if "$ref" in schema:
-        found: Any = root
-        for step in schema["$ref"].split("/")[1:]:
-            found = found[step]
-        return sample(found, root)
-    for name in ("anyOf", "oneOf", "allOf"):
-        if name in schema:
-            return sample(schema[name][0], root)
-    if "const" in schema or "enum" in schema:
-        return schema.get("const", schema.get("enum", [None])[0])
-    values: Json = {
-        "string": "text", "integer": 1, "number": 1.5, "boolean": True, "null": None,
-        "array": [sample(schema["items"], root)] if "items" in schema else []}
-    kind = schema.get("type")
-    return values.get(kind[0] if isinstance(kind, list) else str(kind), {
-        name: sample(value, root) for name, value in schema.get("properties", {}).items()})
-
-
-# A model's name, what it shows, and the messages (or the error) that it streams.
-DEMO_MODELS: dict[str, tuple[str, list[Json]]] = {
-    "demo-text": ("plain text, a word a record", words(
+DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages that it streams
+    "demo-text": [{"content": word} for word in re.findall(r"\s*\S+", (
         "Hello! Every word here was a line of NDJSON and became a frame of SSE. 你好 🙂\n"
-        "This newline did not break its frame.")),
-    "demo-think": ("thinking first, then the answer", words(
-        "The question is open. The answer is known.", "thinking") + words("It is 42.")),
-    "demo-tool": ("a tool call; once its result is among the messages, text", [{"tool_calls": [
-        {"function": {"index": 0, "name": "get_weather", "arguments": {"city": "Paris"}}}]}]),
-    "demo-error": ("an error in the middle of the stream", words("This answer will not be") + [
-        {"error": "an error was encountered while running the model: unexpected EOF"}]),
+        "This newline did not break its frame."))],
+    "demo-think": [{"thinking": "The question"}, {"thinking": " is open. The answer is known."},
+                   {"content": "It is"}, {"content": " 42."}],
+    "demo-tool": [{"tool_calls": [{"function": {"name": "get_weather",
+                                                "arguments": {"city": "Paris"}}}]}],
+    "demo-error": [{"content": "This answer"}, {"content": " will not"}, {"content": " be"},
+                   {"error": "an error was encountered while running the model: unexpected EOF"}],
 }
 
 
-class DemoHandler(JsonHandler):
-    """Ollama's API, as far as the proxy asks for it."""
+def demo_answer(path: str, body: Json) -> tuple[int, list[Json]]:
+    """Return the status and the records for a request."""
+    models: list[Json] = [{"id": name, "object": "model", "created": 1767225600,
+                           "owned_by": "library"} for name in DEMO_MODELS]
+    lists: Json = {"/v1/models": {"object": "list", "data": models}, "/api/ps": {"models": []},
+                   "/api/tags": {"models": [{"name": name} for name in DEMO_MODELS]},
+                   "/api/version": {"version": "0.0.0-demo"}}
+    name, messages = str(body.get("model")), body.get("messages") or [{}]
+    if path in lists:
+        return 200, [lists[path]]
+    if path not in ("/api/chat", "/api/generate"):
+        return 404, [{"error": f"the demo has no {path}"}]
+    if name not in DEMO_MODELS:
+        return 404, [{"error": f"model '{name}' not found"}]
+    script = DEMO_MODELS[name]
+    if name == "demo-tool" and messages[-1].get("role") == "tool":
+        script = [{"content": f"The tool said: {messages[-1].get('content')}"}]
+    limit = (body.get("options") or {}).get("num_predict") or len(script)
+    head: Json = {"model": name, "created_at": "2026-01-01T00:00:00Z", "done": False}
+    answer = [message if "error" in message else {
+        **head, "response": message.get("content", "")} if path == "/api/generate" else {
+        **head, "message": {"role": "assistant", "content": "", **message}}
+        for message in script[:limit]]
+    if "error" not in answer[-1]:
+        answer.append({**head, "done": True, "prompt_eval_count": 9, "eval_count": len(answer),
+                       "done_reason": "length" if limit < len(script) else "stop"})
+    return 200, answer
 
-    server: DemoOllama
 
-    def do_GET(self) -> None:
-        """/api/tags, /api/ps and /api/version."""
-        answers: dict[str, Json] = {"/api/ps": {"models": []}, "/api/version": {
-            "version": "0.0.0-demo"}, "/api/tags": {
-            "models": [{"name": name, "model": name, "modified_at": "2026-01-01T00:00:00Z",
-                        "description": text} for name, (text, _) in DEMO_MODELS.items()]}}
-        known = self.path in answers
-        self.send_json(200 if known else 404, answers.get(self.path, {"error": "not in the demo"}))
+class DemoHandler(http.server.BaseHTTPRequestHandler):
+    """Serves demo_answer() in chunks, as Ollama does."""
+
+    protocol_version = "HTTP/1.1"
+    pace = 0.03  # seconds between two records: slow enough to watch
 
     def do_POST(self) -> None:
-        """/api/chat, /api/generate and /api/show."""
-        try:
-            body = parse_object(self.read_body())
-        except ValueError as error:
-            return self.send_json(400, {"error": str(error)})
-        name, messages = str(body.get("model")), body.get("messages") or [{}]
-        if self.path not in ("/api/chat", "/api/generate", "/api/show"):
-            return self.send_json(404, {"error": f"{self.path} is not in the demo"})
-        if name not in DEMO_MODELS:
-            return self.send_json(404, {"error": f"model '{name}' not found"})
-        if self.path == "/api/show":
-            return self.send_json(200, {"modified_at": "2026-01-01T00:00:00Z", "details": {}})
-        try:
-            script = self.script(name, messages, body)
-        except (AttributeError, LookupError, TypeError, RecursionError) as error:
-            return self.send_json(400, {"error": f"too odd for the demo: {error!r}"})
-        limit = (body.get("options") or {}).get("num_predict")
-        said = script[:limit] if isinstance(limit, int) and limit > 0 else script
-        self.start(200, "application/x-ndjson")
-        for message in said:
-            self.say(name, message)
-            if "error" in message:
-                return self.finish_body()
-            time.sleep(self.server.pace)
-        self.say(name, {}, done=True, done_reason="stop" if said == script else "length",
-                 prompt_eval_count=9, eval_count=len(said))
-        return self.finish_body()
+        """Answer any request, a record at a time."""
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        status, answer = demo_answer(self.path, json.loads(body or b"{}"))
+        self.send_response(status)
+        self.send_header("Content-Type", NDJSON if "done" in answer[0] else "application/json")
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for record in answer:
+            line = to_bytes(record) + b"\n"
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
+            time.sleep(self.pace if "done" in record else 0)
+        self.wfile.write(b"0\r\n\r\n")
 
-    def script(self, name: str, messages: list[Json], body: Json) -> list[Json]:
-        """What the model says; a schema, a tool, or a tool's result changes that."""
-        schema, tools = body.get("format"), body.get("tools")
-        if schema and name != "demo-error":
-            return words(to_json(sample({} if schema == "json" else schema, schema)))
-        if name == "demo-tool" and messages[-1].get("role") == "tool":
-            return words(f"The tool said: {messages[-1]['content']}")
-        if name == "demo-tool" and tools:
-            function = tools[0]["function"]
-            arguments = sample(function.get("parameters") or {}, function.get("parameters"))
-            return [{"tool_calls": [{"function": {
-                "index": 0, "name": function["name"], "arguments": arguments}}]}]
-        return DEMO_MODELS[name][1]
+    do_GET = do_POST
 
-    def say(self, name: str, message: Json, **more: Any) -> None:
-        """One record, in the form of the route that was asked."""
-        said: Json = {"message": {"role": "assistant", "content": "", **message}}
-        if self.path == "/api/generate":
-            said = {"response": message.get("content", "")}
-        head = {"model": name, "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        record = message if "error" in message else {**head, **said, "done": False, **more}
-        self.write(to_bytes(record) + b"\n")
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log nothing: the proxy logs."""
 
 
-class DemoOllama(Server):
-    """The scripted Ollama, on a free port of the loopback address, in a thread of its own."""
-
-    def __init__(self, pace: float = 0.03) -> None:
-        self.pace = pace  # seconds between two records: slow enough to see the stream
-        super().__init__("127.0.0.1", 0, DemoHandler)
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+def start_demo() -> str:
+    """Start the scripted Ollama on a free port; return its URL."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DemoHandler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
 
 
-# ---- 12. The page: what a browser gets at / ----------------------------------------------------
+# ---- 11. The page: what a browser gets at / ----------------------------------------------------
 # It asks for a trace (?trace=1), in which each line of Ollama's stands, as a comment, before the
 # frames that it became, and shows the two side by side. receive() is an SSE parser to read.
 
 PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_sse_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style>
-* { color-scheme: light dark; box-sizing: border-box; margin: 0; overflow-wrap: anywhere }
-body { max-width: 100rem; margin: auto; padding: 1rem; font: 15px/1.5 system-ui, sans-serif;
-  background: light-dark(#f4f5f7, #14171a); color: light-dark(#1c2126, #e4e7ea) }
-form, div { display: flex; flex-wrap: wrap; gap: .7rem; margin: .7rem 0 }
-label, div > section { flex: 1 1 18rem; min-width: 0 } label:has(textarea) { flex-basis: 100% }
-input, select, textarea { display: block; width: 100% } h1, h2 { font-size: 16px }
-input, select, textarea, button, section { padding: .4rem .8rem; font: inherit; font-size: 15px;
-  background: light-dark(#fff, #1d2125); border: 1px solid #8886; border-radius: 6px }
-label, summary, time, small, code::after { color: light-dark(#5a6570, #9aa4ae); font-size: 13px }
-#send { color: light-dark(#fff, #14171a); background: light-dark(#0b62a8, #7cc0f8) }
-#error { color: light-dark(#a8200d, #ff9a8a); border-left: 3px solid; padding-left: .7rem }
-#error:empty, #code:placeholder-shown, details:has(:empty) { display: none }
-ol { position: relative; overflow: auto; max-height: 23rem; min-height: min(23rem, 30vw);
-  list-style: none; padding: 0 }
-li { padding: .3rem; content-visibility: auto; contain-intrinsic-size: auto 4rem }
-.lit { background: light-dark(#fff0b3, #4d4314) } time, code { display: block }
-code, #code { font: 12.5px/1.45 monospace; word-break: break-all } p, code { white-space: pre-wrap }
-#lines code::after { content: "\\n" } #frames code::after { content: "\\n\\n" }
+:root { color-scheme: light dark; --send: #0b62a8; --error: #a8200d; --lit: #fff0b3 }
+@media (prefers-color-scheme: dark) { :root { --send: #7cc0f8; --error: #ff9a8a; --lit: #4d4314 } }
+* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere } p, code { white-space: pre-wrap }
+body { padding: 1rem; font: 15px/1.5 system-ui, sans-serif } h1, h2 { font-size: 17px }
+.row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0 } section { background: #8881 }
+.row > :not(button) { flex: 1 1 18rem; min-width: 0 } .row > .wide { flex: 2 1 37rem }
+input, select, textarea, button, section { padding: .4rem .8rem; font: inherit;
+  border: 1px solid #8886; border-radius: 6px } input, select, textarea { width: 100% }
+#send { color: Canvas; background: var(--send) } #end { color: var(--error) }
+#code:placeholder-shown, #code:placeholder-shown + button { display: none }
+code > * > span { display: inline-block }
+code, #code, i::before { font: 13px/1.5 monospace } code, code::before { display: block }
+code::before { content: attr(title); opacity: .7 } #rows { max-height: 34rem; overflow: auto }
+summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); vertical-align: top }
+summary > div { padding: .2rem .6rem } section + section { margin-top: .6rem }
+#rows summary { display: block } summary:hover, summary:focus { background: var(--lit) }
+details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: "…" }
 </style>
-<h1>ndjson_sse_proxy</h1><small>Ollama's NDJSON in, the SSE that OpenAI clients read out</small>
-<form><label>Model <select id="model"></select></label>
-  <label>API key, if any (this tab only) <input id="key" type="password" autocomplete="off"></label>
-  <label>Prompt <textarea id="prompt" rows="2">Why does a blank line end a frame?</textarea></label>
+<h1>Ollama's NDJSON in, OpenAI-style SSE out</h1>
+<form class="row"><label>Model <select id="model"></select></label>
+  <label>API key, if any (this tab only) <input id="key" type="password" autocomplete="off">
+  </label><label class="wide">Prompt <textarea id="prompt">Why is the sky blue?</textarea></label>
   <button id="send" title="Ctrl+Enter">Send</button> <button>Stop</button>
   <button>Copy as curl</button> <button>Copy as Python</button> <button>Copy as JavaScript</button>
-</form><textarea id="code" rows="6" readonly placeholder=" " aria-label="Code to copy"></textarea>
-<p id="error" role="alert"></p><p id="status" role="status"></p>
-<div><section><h2>What went up</h2><ol id="up"></ol></section>
-  <section><h2>Ollama's lines: NDJSON</h2><ol id="lines"></ol></section>
-  <section><h2>The frames they became: SSE</h2><ol id="frames"></ol></section></div>
-<section><h2>As a chat shows it</h2><details><summary>Thinking</summary><p id="thought"></p>
-  </details><p id="text"></p><code id="calls"></code></section>
-<template id="row"><li><time></time><code></code></li></template>
+</form><form><textarea id="code" rows="5" readonly placeholder=" " aria-label="Code"></textarea>
+  <button type="reset">Close</button></form>
+<p id="status" role="status"></p><p id="demo" hidden>Demo: these answers are scripted.</p>
+<div class="row"><div><section><h2>As a chat UI shows it</h2>
+    <details hidden><summary>Thinking</summary><p id="reasoning"></p></details>
+    <p id="content"></p><code id="calls"></code><p id="end"></p></section>
+  <section><h2>Request sent to Ollama</h2><div id="up"></div></section></div>
+  <section class="wide"><p>Point at a row to light up a line and its frames; click it for more.</p>
+    <div class="row"><h2>NDJSON from Ollama</h2><h2>SSE frames sent to you</h2></div>
+    <div id="rows"></div></section></div>
+<template id="row"><details><summary><div></div><div></div></summary></details></template>
 <script>
-const $ = (id) => document.getElementById(id), q = JSON.stringify;
+const $ = (id) => document.getElementById(id), q = JSON.stringify, rows = $("rows");
 const base = new URL("v1", location).href, key = () => $("key").value || "none";
 const question = () => ({model: $("model").value, stream: true,
   messages: [{role: "user", content: $("prompt").value}]});
-const say = (text, error = "") => [$("status").textContent, $("error").textContent] = [text, error];
-const follow = () => document.querySelector("ol:hover, ol:focus-within")  // is somebody reading?
-  || document.querySelectorAll("ol").forEach((list) => list.scrollTop = list.scrollHeight);
-const seconds = () => (performance.now() - run.start) / 1000;
-let run;  // the stream under way, or the last one
-async function ask(path, options) {  // throws what the proxy said, if it said no
+const show = (status) => { $("status").textContent = status };
+let run = {};  // the current stream, or the last one
+async function ask(path, body, signal) {  // throws the proxy's error if it refuses
   const headers = {"Content-Type": "application/json", Authorization: `Bearer ${key()}`};
-  const response = await fetch(base + path, {...options, headers});
+  const response = await fetch(base + path, {method: body ? "POST" : "GET", headers, body, signal});
   if (response.ok) return response;
+  if (response.status === 401) $("key").focus();
   const {error} = await response.json().catch(() => ({}));
   throw Error(`${response.status}: ${error?.message ?? response.statusText}`);
 }
+async function listModels() {
+  const {data} = await (await ask("/models")).json();
+  $("model").replaceChildren(...data.map(({id}) => new Option(id)));
+  $("demo").hidden = !data.some(({id}) => id.startsWith("demo-"));
+  if (!data.length) throw Error("Ollama has no models yet; run `ollama pull NAME` on its machine");
+  show("Ready");
+}
 async function send() {
-  run?.stopper.abort();
-  const own = run = {start: performance.now(), no: 0, stopper: new AbortController()};
-  const body = q({...question(), stream_options: {include_usage: true}});
-  for (const id of ["thought", "text", "calls", "up", "lines", "frames"]) $(id).textContent = "";
-  say("Waiting for the first token");
-  addRow("up", "this page to the proxy", `POST /v1/chat/completions?trace=1 ${body}`);
+  run.stopper?.abort();
+  const own = run = {start: performance.now(), stopper: new AbortController()};
+  for (const old of document.querySelectorAll("section [id]")) old.replaceChildren();
+  show("Waiting for Ollama");
   try {
-    const options = {method: "POST", body, signal: run.stopper.signal};
-    const response = await ask("/chat/completions?trace=1", options);
+    if (!$("model").value) await listModels();
+    const body = q({...question(), stream_options: {include_usage: true}});
+    const response = await ask("/chat/completions?trace=1", body, own.stopper.signal);
     const reader = response.body.getReader(), decoder = new TextDecoder();
-    // Bytes come cut anywhere: what follows the last blank line waits in `rest` for its own. If
-    // that never comes, it was cut off and is no block. (Lines may end in \r\n, but not here.)
-    for (let rest = "", read; !(read = await reader.read()).done;) {
+    for (let rest = "", read; !(read = await reader.read()).done;) {  // a read may end anywhere
       const blocks = (rest + decoder.decode(read.value, {stream: true})).split("\n\n");
-      rest = blocks.pop();
-      blocks.forEach(receive), follow();
+      rest = blocks.pop();  // what follows the last blank line waits for its own
+      blocks.forEach(receive);
+      if (!rows.matches(":hover, :focus-within")) rows.scrollTop = rows.scrollHeight;
     }
-    if (!run.whole) throw Error("The stream ended without [DONE]: this may not be all of it.");
-    const {first = seconds(), completion_tokens: n, reason} = run, rate = n / (seconds() - first);
-    say(`Done (${reason}): first token ${first.toFixed(3)} s, ${n} at ${rate.toFixed(1)} tokens/s`);
+    if (!run.whole) throw Error("the stream ended without [DONE]");
+    show(`Done (${run.reason}): ${run.completion_tokens} tokens`);
   } catch ({name, message}) {
-    if (run === own) say(...name === "AbortError" ? ["Stopped"] : ["Failed", message]), follow();
+    if (run !== own) return;  // another Send stopped this one
+    const why = `${run.row ? "cut off" : "failed"}: ${message}`;
+    show(name === "AbortError" ? "stopped" : why);
+    $("end").textContent = `(${$("status").textContent})`;
   }
 }
-// A block is a frame ("data: ...") or, with ?trace=1, a comment (": ..."), which SDKs skip: the
-// request as it went up, and each line of NDJSON right before the frames that it became.
-function receive(block) {
-  const text = block.split("\n").map((line) => line.replace(/^(data)?: ?/, "")).join("\n");
-  if (block.startsWith(": POST ")) return addRow("up", "the proxy to Ollama", text);
-  if (block[0] === ":") return addRow("lines", `line ${++run.no}`, run.line = text, run.group = []);
-  const chunk = text === "[DONE]" ? {whole: true} : JSON.parse(text), {error, usage} = chunk;
-  const {delta = {}, finish_reason: reason} = chunk.choices?.[0] ?? {};
-  // The proxy's own are heartbeats (empty deltas), usage, [DONE], and errors that no line told.
-  const group = (error ? /^{"error"/.test(run.line) : reason || q(delta) !== "{}") && run.group;
-  addRow("frames", group ? `from line ${run.no}` : "the proxy's own", block, group);
+function receive(block) {  // a comment (": ...") or a frame ("data: ...")
+  const text = block.replace(/^(data)?: /, "");
+  if (block.startsWith(": POST ")) return addCode($("up"), "", text);
+  if (block[0] === ":") return addCode((run.row = addRow()).firstChild, "", run.line = text);
+  run.whole = text === "[DONE]";
+  const {choices = [], usage, error} = run.whole ? {} : JSON.parse(text);
+  const {delta = {}, finish_reason: reason} = choices[0] ?? {};
+  // The proxy adds heartbeats (empty deltas), usage, [DONE], and errors that no line told.
+  const row = (error ? /^{"error"/.test(run.line) : reason || q(delta) !== "{}") && run.row;
+  addCode((row || addRow()).lastChild, row ? "" : "added by the proxy", block);
   if (error) throw Error(error.message);
-  if (delta.content || delta.reasoning || delta.tool_calls) run.first ??= seconds();
-  $("thought").append(delta.reasoning ?? ""); $("text").append(delta.content ?? "");
-  for (const {function: call} of delta.tool_calls ?? [])
-    $("calls").append(`${call.name}(${call.arguments})\n`);
-  Object.assign(run, usage, reason && {reason}, {whole: chunk.whole});
+  Object.assign(run, usage, reason && {reason});
+  for (const part of ["reasoning", "content"]) $(part).append(delta[part] ?? "");
+  $("reasoning").parentNode.hidden = !$("reasoning").textContent;
+  delta.tool_calls?.forEach(({function: f}) => $("calls").append(`${f.name}(${f.arguments})\n`));
 }
-function addRow(id, label, text, group) {  // a group is a line and its frames
-  const list = $(id), row = $("row").content.firstChild.cloneNode(true);
-  const envelope = list.firstChild ? /"(id|model)":.*?,(?="(choices|message)":)/ : /$^/;
-  row.firstChild.textContent = `${seconds().toFixed(3)} s, ${label}`;
-  row.lastChild.textContent = text.replace(envelope, "…");  // focus shows all; so does the first
-  row.tabIndex = list.firstChild ? -1 : 0;  // Tab stops once in a list; from there arrow keys
-  row.onmousemove = (e) => { if (e.movementX || e.movementY) light(row) };  // not if rows move
-  row.onfocus = () => { light(row); row.lastChild.textContent = text };
-  row.onkeydown = ({key}) =>
-    ({ArrowDown: row.nextSibling, ArrowUp: row.previousSibling})[key]?.focus();
-  (row.group = group || []).push(row);
-  list.append(row);
+const addRow = () => rows.appendChild($("row").content.firstChild.cloneNode(true)).firstChild;
+function addCode(cell, label, text) {  // a closed row hides <i>; lines break between spans
+  const code = cell.appendChild(document.createElement("code"));
+  code.title = `${((performance.now() - run.start) / 1000).toFixed(3)} s ${label}`;
+  text.split(/("(?:id|model)":.*?,)(?="(?:choices|message)":)/).forEach((part, i) => {
+    const to = code.appendChild(document.createElement(i === 1 ? "i" : "span"));
+    for (const piece of part.match(/[^,{]*[,{]?/g))
+      to.appendChild(document.createElement("span")).textContent = piece;
+  });
 }
-function light(row) {
-  for (const other of document.querySelectorAll(".lit")) other.classList.remove("lit");
-  for (const one of row.group) {
-    one.classList.add("lit");
-    if (one.parentNode !== row.parentNode) one.parentNode.scrollTop = one.offsetTop - 150;
-  }
-}
-function copy(kind) {  // a string in JSON is one in Python and in JavaScript, too
+function copy(kind) {  // a JSON string is also one in Python and in JavaScript
   const {model, messages} = question(), shell = (s) => `'${s.replaceAll("'", "'\\''")}'`;
   $("code").value = {curl: `curl -sSN ${shell(base + "/chat/completions")} -H ${
     shell("Authorization: Bearer " + key())} -d ${shell(q(question()))}`,
   Python: `from openai import OpenAI  # pip install openai
-client = OpenAI(base_url=${q(base)}, api_key=${q(key())})
-for chunk in client.chat.completions.create(
-        model=${q(model)}, messages=${q(messages)}, stream=True):
+chat = OpenAI(base_url=${q(base)}, api_key=${q(key())}).chat
+for chunk in chat.completions.create(model=${q(model)}, messages=${q(messages)}, stream=True):
     print(chunk.choices[0].delta.content or "", end="", flush=True)`,
   JavaScript: `import OpenAI from "openai";  // npm install openai; save this as chat.mjs
-const client = new OpenAI({baseURL: ${q(base)}, apiKey: ${q(key())}});
-for await (const chunk of await client.chat.completions.create(${q(question())}))
+const {chat} = new OpenAI({baseURL: ${q(base)}, apiKey: ${q(key())}});
+for await (const chunk of await chat.completions.create(${q(question())}))
   process.stdout.write(chunk.choices[0].delta.content ?? "");`}[kind] + "\n";
   $("code").select();  // navigator.clipboard is for HTTPS only
-  say(document.execCommand("copy") ? "Copied" : "Ctrl+C copies the code");
+  show(document.execCommand("copy") ? "Copied" : "Ctrl+C copies the code");
 }
-async function showModels() {
-  try {
-    const {data} = await (await ask("/models")).json();
-    const option = ({id, description: text}) => new Option(text ? `${id}: ${text}` : id, id);
-    $("model").replaceChildren(...data.map(option));
-    say(data.length ? "Ready" : "Ollama has no model yet; where it runs: ollama pull NAME");
-  } catch ({message}) { say("No list of models", message) }
-}
+const list = () => listModels().catch(({message}) => show(`failed: ${message}`));
 $("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) send() };
 document.forms[0].onsubmit = ({submitter: {textContent: name}}) => {
-  ({Send: send, Stop: () => run?.stopper.abort()}[name] ?? copy)(name.split(" ").pop());
+  ({Send: send, Stop: () => run.stopper?.abort()}[name] ?? copy)(name.split(" ").pop());
   return false;  // stay on this page
 };
 $("key").value = sessionStorage.apiKey ?? "";
-$("key").onchange = () => { sessionStorage.apiKey = $("key").value; showModels() };
-showModels();
+$("key").onchange = () => { sessionStorage.apiKey = $("key").value; list() };
+list();
 </script>
 """
 
@@ -2985,25 +2447,25 @@ PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks with nobo
     ("Cache-Control", "no-cache"), ("Vary", "Accept")]
 
 
-# ---- 13. Run: command line, signals ------------------------------------------------------------
-# FLAGS is the specification, from which flags, environment and --help are made. A signal only
-# leaves a note; the main thread finds it, stops accepting and lets running answers end.
+# ---- 12. Run: command line, signals --------------------------------------------------------------
 
 
 def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
-    """HOST, HOST:PORT or a URL, read as Ollama reads $OLLAMA_HOST; `port` is the default one.
+    """Read HOST, HOST:PORT or a URL the way Ollama reads $OLLAMA_HOST.
 
     >>> parse_url("192.0.2.7").geturl(), parse_url("https://box/ollama").geturl()
     ('http://192.0.2.7:11434', 'https://box:443/ollama')
     """
     match = re.fullmatch(
-        r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,5}))?(/[!\"$->@-~]*)?",
+        r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!\"$->@-~]*)?",
         text.strip(), re.ASCII | re.IGNORECASE)
-    if not match or int(match[3] or 0) > 65535:
+    if not match:
         raise ValueError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
+    if int(own_port or 0) > 65535:
+        raise ValueError(f"the port {own_port} is above 65535")
     if path.rstrip("/").endswith("/v1"):
-        raise ValueError(f"{text!r} should be without /v1: the native API is used")
+        raise ValueError(f"remove /v1 from {text!r}: the proxy uses Ollama's native API")
     if scheme:
         port = 443 if scheme.lower() == "https" else 80
     return urllib.parse.urlsplit(
@@ -3011,31 +2473,30 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
 
 
 def parse_listen(text: str) -> urllib.parse.SplitResult:
-    """HOST:PORT, or either of them, to listen on."""
+    """Read HOST:PORT, or either of them."""
     if "/" in text:
         raise ValueError(f"{text!r} is not HOST:PORT")
     return parse_url(":" + text if text.isdigit() else text, 11435)
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE for one of Ollama's options, of its type.
+    """Read KEY=VALUE for one of Ollama's options.
 
     >>> parse_option("num_ctx=16384"), parse_option("stop=###")
     (('num_ctx', 16384), ('stop', ['###']))
     """
     name, _, value = text.partition("=")
-    if name == "stop":
-        return name, [value]
+    if name not in OPTIONS:
+        raise ValueError(f"Ollama has no option {name!r}")
     try:
-        return name, expect(PLAIN_JSON.decode(value), OPTIONS[name], name)
-    except KeyError:
-        raise ValueError(f"{name!r} is none of Ollama's options") from None
+        return name, [value] if name == "stop" else expect(
+            PLAIN_JSON.decode(value), OPTIONS[name], name)
     except (ValueError, ProxyError):
-        raise ValueError(f"{text!r}: {name} is of type {OPTIONS[name]}") from None
+        raise ValueError(f"{text!r} should be {name}=VALUE, of type {OPTIONS[name]}") from None
 
 
 def matching(pattern: str, meaning: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A reader for texts that match a pattern."""
+    """Return a reader for texts that match a pattern."""
     def read(text: str) -> Any:
         if not re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
             raise ValueError(f"{text!r} is not {meaning}")
@@ -3043,168 +2504,175 @@ def matching(pattern: str, meaning: str, convert: Callable[[str], Any]) -> Calla
     return read
 
 
+PREFIX, NUMBER = "NDJSON_SSE_PROXY_", r"\d{1,7}(\.\d{1,9})?"
 SWITCH = matching("1|true|yes|on|0|false|no|off", "1 or 0",
                   lambda text: text.lower() in ("1", "true", "yes", "on"))
-NUMBER = r"\d{1,7}(\.\d{1,9})?"
-SECONDS_OR_0 = matching(NUMBER, "a number of seconds", float)
-COUNT = matching(r"0*[1-9]\d{0,11}", "a whole number above 0", int)
-# Each field of Config: its reader (which raises ValueError), what its value is called, what it is
-# for. This makes the flag --its-name, its twin in the environment NDJSON_SSE_PROXY_ITS_NAME, and
-# their line in --help.
-FLAGS: dict[str, tuple[Callable[[str], Any], str, str]] = {
-    "listen": (parse_listen, "HOST:PORT", "where clients connect; with port 0, any free one"),
-    "upstream": (parse_url, "URL", "where Ollama is; without it $OLLAMA_HOST, if that is set"),
-    "demo": (SWITCH, "", "answer from a scripted Ollama inside the process"),
-    "api_key": (parse_key, "[NAME:]KEY", "who may call (the process list shows it)"),
-    "api_key_file": (str, "FILE", "who may call, a line each; read anew if it changes"),
-    "insecure": (SWITCH, "", "listen on other addresses than loopback without keys"),
-    "allowed_host": (matching(r"[\w.-]+|[0-9a-f:]+", "a name or an address alone", str.lower),
-                     "HOST", "a further name or address that clients may use for this server"),
-    "cors_origin": (matching(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+", "like https://chat.example", str),
-                    "ORIGIN", "a site whose pages may call, besides localhost; *: any"),
-    "allow_admin": (SWITCH, "", "let pull, push, create, copy and delete through"),
-    "tls_cert": (str, "FILE", "serve HTTPS with this certificate (PEM)"),
-    "tls_key": (str, "FILE", "its private key, if that is not in the same file"),
-    "alias": (matching("[^=]+=.+", "NAME=MODEL", lambda text: tuple(text.split("=", 1))),
-              "NAME=MODEL", "a further name for a model"),
-    "option": (parse_option, "KEY=VALUE", "default for one of Ollama's options (num_ctx=16384)"),
-    "keep_alive": (matching(r"-?\d{1,9}|-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+",
-                            "a duration such as 300, 5m or 1h30m",
-                            lambda text: text if text[-1].isalpha() else int(text)),
-                   "DURATION", "default for how long models stay loaded"),
-    "allow_truncation": (SWITCH, "", "let Ollama cut a prompt that does not fit, silently"),
-    "hooks": (str, "FILE.py", "Python with authenticate(), shape() or observe()"),
-    "log": (matching("text|json", "text or json", str.lower), "text|json", "form of the log"),
-    "heartbeat": (SECONDS_OR_0, "SECONDS", "of silence after which a stream gets one; 0: never"),
-    "idle_timeout": (matching(r"(?=.*[1-9])" + NUMBER, "a number of seconds above 0", float),
-                     "SECONDS", "longest silence of Ollama, loading included"),
-    "drain_timeout": (SECONDS_OR_0, "SECONDS", "how long streams may go on after a signal to stop"),
-    "max_connections": (COUNT, "N", "open at once; more get a 503"),
-    "max_body": (COUNT, "BYTES", "of a request; more is a 413"),
-    "reuse_port": (SWITCH, "", "several processes on one port (Linux)"),
+FILE = matching(r".*\S.*", "a file name", str)
+DURATION = matching(r"-?\d{1,9}|-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", "a duration such as 5m or 1h30m",
+                    lambda text: text if text[-1].isalpha() else int(text))
+ALIAS = matching("[^=]+=.+", "NAME=MODEL", lambda text: tuple(text.split("=", 1)))
+# Flag: default (() makes it repeatable, False a switch), reader, name of its value, help. Each flag
+# has a matching environment variable.
+FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
+    "listen": (parse_listen(""), parse_listen, "HOST:PORT",
+               "where clients connect; port 0 picks a free one"),
+    "upstream": (parse_url(""), parse_url, "URL",
+                 "where Ollama is; without it $OLLAMA_HOST, if set"),
+    "demo": (False, SWITCH, "", "answer from scripts, without Ollama"),
+    "api-key": ((), parse_key, "[NAME:]KEY",
+                "let callers in with this key (other users may see it in the process list)"),
+    "api-key-file": ("", FILE, "FILE",
+                     "let callers in with a key in this file, one per line; re-read on changes"),
+    "insecure": (False, SWITCH, "", "allow other machines without keys"),
+    "tls-cert": ("", FILE, "FILE", "serve HTTPS with this certificate (PEM)"),
+    "tls-key": ("", FILE, "FILE", "its private key, if in a file of its own"),
+    "alias": ((), ALIAS, "NAME=MODEL", "another name for a model"),
+    "option": ((), parse_option, "KEY=VALUE", "default for an Ollama option (num_ctx=16384)"),
+    "keep-alive": (None, DURATION, "DURATION", "default for how long models stay loaded"),
+    "allow-truncation": (False, SWITCH, "", "let Ollama silently cut prompts that are too long"),
+    "hooks": ("", FILE, "FILE.py", "Python with authenticate(), shape() or observe()"),
+    "log": ("text", matching("text|json", "text or json", str.lower), "text|json",
+            "format of the log"),
+    "heartbeat": (10.0, matching(NUMBER, "a number of seconds", float), "SECONDS",
+                  "send a heartbeat after so much silence; 0: never"),
+    "idle-timeout": (600.0, matching("(?=.*[1-9])" + NUMBER, "a number of seconds above 0", float),
+                     "SECONDS", "give up when Ollama is silent for so long, loading included"),
+    "max-connections": (512, matching(r"0*[1-9]\d{0,6}", "a whole number above 0", int), "N",
+                        "connections at the same time; others get a 503"),
 }
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse, but a mistake is one line and not the whole usage."""
+    """argparse, but a mistake is one line instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"ndjson_sse_proxy: {message} (flags and their environment twins: --help)\n")
+        message = message.replace("argument --", "--")
+        self.exit(2, f"ndjson_sse_proxy: {message} (try --help)\n")
 
 
-def read_config(argv: list[str] | None, environ: Mapping[str, str]) -> Config:
-    """Config from flags, else environment, else defaults. Exits with status 2 on a mistake."""
-    parser = CommandLine(
+def read_settings(argv: list[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
+    """Return the settings from flags, else the environment, else defaults. Exits with status 2 on
+    a mistake; the message never shows a key."""
+    line = CommandLine(
         prog="ndjson_sse_proxy.py", allow_abbrev=False,
-        description="Ollama's NDJSON in, the SSE that OpenAI clients read out.",
-        epilog="Each flag has a twin in the environment: NDJSON_SSE_PROXY_LISTEN, "
-        "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. $OLLAMA_API_KEY goes to the upstream "
-        "as its bearer.")
-    parser.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
-    for name, (reader, metavar, text) in FLAGS.items():
-        default = Config._field_defaults[name]
-        kind: Json = {"metavar": metavar, "action": "append" if default == () else "store"}
-        if reader is SWITCH:
-            kind = {"action": "store_const", "const": "1"}
-        if default:
-            text += f" (default: {getattr(default, 'netloc', default)})"
-        parser.add_argument("--" + name.replace("_", "-"), **kind,
-                            help=text + "; repeatable" * (default == ()))
-    values: Json = {}
-    arguments, prefix = vars(parser.parse_args(argv)), "NDJSON_SSE_PROXY_"
-    for variable in environ:
-        if variable.startswith(prefix) and variable[len(prefix):] not in map(str.upper, FLAGS):
-            parser.error(f"the environment's {variable} is none of the settings")
-    for name, given in arguments.items():
-        variable = prefix + name.upper()
-        default, reader = Config._field_defaults[name], FLAGS[name][0]
-        if name == "upstream" and not environ.get(variable):
-            variable = "OLLAMA_HOST"
-        twin = environ.get(variable, "")
-        where = f"the environment's {variable}" if given is None else f"--{name.replace('_', '-')}"
+        description="Ollama's NDJSON in, OpenAI-style SSE out.",
+        epilog="Each flag has a matching environment variable: NDJSON_SSE_PROXY_LISTEN, "
+        "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. The proxy sends $OLLAMA_API_KEY to "
+        "Ollama as its key.")
+    line.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
+    given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
+    if environ.get("OLLAMA_HOST") and not {"NDJSON_SSE_PROXY_UPSTREAM"} & set(given):
+        given["OLLAMA_HOST"] = environ["OLLAMA_HOST"]
+    values: Json = {flag.replace("-", "_"): default for flag, (default, *_) in FLAGS.items()}
+    names = {PREFIX + name.upper(): name for name in values}
+    for variable, text in given.items():
+        name = names.get(variable, "upstream" if variable == "OLLAMA_HOST" else "")
+        if not name or not text.strip():
+            line.error(f"{variable} is {'empty' if name else 'not a setting'}")
+        default, read, *_ = FLAGS[name.replace("_", "-")]
         try:
-            if given == "" or twin.isspace():  # a variable that was lost? not to be passed over
-                raise ValueError("is empty")
-            if default == ():  # a list of flags, or a twin with values between blanks
-                values[name] = tuple(map(reader, given or twin.split()))
-            elif given or twin:
-                values[name] = reader(given or twin)
+            values[name] = list(map(read, text.split())) if default == () else read(text)
         except ValueError as error:
-            parser.error(f"{where}: {error}")
-    return Config(**values)
+            line.error(f"{variable}: {error}")
+
+    def checked(read: Callable[[str], Any], text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:  # whose own message would show the value, and so a key
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    for flag, (default, read, metavar, text) in FLAGS.items():
+        kind: Json = {"action": "store_true"} if default is False else {
+            "type": functools.partial(checked, read), "metavar": metavar,
+            "action": "append" if default == () else "store"}
+        shown = getattr(default, "netloc", default)
+        text += "; repeatable" if default == () else f" (default: {shown})" if shown else ""
+        line.add_argument("--" + flag, default=argparse.SUPPRESS, help=text, **kind)
+    found, rest = line.parse_known_args(argv)
+    if rest:  # not shown whole: it may be a key
+        line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
+                   "an argument belongs to no flag")
+    if "demo" in found and "upstream" in found:
+        line.error("--demo and --upstream exclude each other")
+    return argparse.Namespace(**{**values, **vars(found)})
 
 
-def say(text: str) -> None:
-    """A line for whoever started the program; in one write, for threads."""
-    # Nobody reads stderr any more; or it is None, for a program without a console: serve on.
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-
-
-def say_if_unreachable(upstream: Upstream) -> None:
-    """Ask Ollama for its version, so that a wrong URL shows before the first client comes."""
-    try:
-        upstream.json(Watch(), "GET", "/api/version")
-    except ProxyError as error:
-        say(f"warning: {error.message}")
-
-
-def allow_descriptors(count: int) -> None:
-    """Let the process have so many, if it may: a stream takes two, systems give 256 to 1024."""
+def allow_descriptors(settings: argparse.Namespace) -> None:
+    """Raise the system's limit of open files, or lower --max-connections to fit it."""
     with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < count:
-            most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        wanted = 2 * (settings.max_connections + MAX_EXTRA) + 50  # a stream takes two
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if 0 <= soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        if 0 <= soft < wanted and most < wanted:
+            settings.max_connections = max(1, (most - 50) // 2 - MAX_EXTRA)
+            say(f"warning: --max-connections is {settings.max_connections}: this system allows "
+                f"only {most} open files (ulimit -n)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit status: 0 if no answer had to be cut."""
-    config = read_config(argv, os.environ)
-    if config.demo:
-        config = config._replace(upstream=parse_url(DemoOllama().url))
-    where, upstream_key = config.listen.netloc, os.environ.get("OLLAMA_API_KEY", "")
+    settings, upstream_key = read_settings(argv, os.environ), os.environ.get("OLLAMA_API_KEY", "")
+    if settings.demo:
+        settings.upstream = parse_url(start_demo())
+    here, there = ({url.port, "localhost" if url.hostname in ("127.0.0.1", "::1") else url.hostname}
+                   for url in (settings.listen, settings.upstream))
     try:
         if not re.fullmatch("[!-~]*", upstream_key):
             raise ValueError("$OLLAMA_API_KEY has characters that a header can't carry")
-        if config.upstream.netloc == where:
-            raise ValueError(f"it would ask itself on {where}; where is Ollama? --upstream URL")
-        server = ProxyServer(config, upstream_key)
-    except OSError as error:  # of a file, if it names one, else of the port
-        what = error.filename or f"can't listen on {where} (another place: --listen HOST:PORT)"
+        if here == there:
+            raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address; "
+                             "give Ollama's")
+        allow_descriptors(settings)
+        return serve(ProxyServer(settings, upstream_key))
+    except OSError as error:  # of a file, if it has a name, else of the port
+        what = error.filename or (f"can't listen on {settings.listen.netloc} (choose another with "
+                                  "--listen)")
         say(f"ndjson_sse_proxy: {what}: {error.strerror or error}")
-        return 2
     except ValueError as error:
         say(f"ndjson_sse_proxy: {error}")
-        return 2
-    allow_descriptors(2 * (config.max_connections + MAX_EXTRA) + 50)
-    return serve(server)
+    return 2
 
 
 def serve(server: ProxyServer) -> int:
-    """Serve until a signal comes; then let running requests end. A second signal ends them."""
-    signals: list[int] = []  # no Event: its lock is not for a handler, which may run within it
+    """Serve until a signal, then let running requests end. A second signal ends them at once."""
+    signals: list[int] = []  # not an Event: a handler may interrupt its lock's owner
+
+    def note(number: int, frame: Any) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(1)  # whatever is blocked
+
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, note)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    config = server.config
-    say(f"ndjson_sse_proxy {__version__} listens on {server.url} (a page for browsers; base_url: "
-        f"{server.url}/v1)")
-    callers = ("whom the hook lets in" if "authenticate" in server.hooks else
-               f"who has a key (of {len(server.keys)})" if server.keys else "anyone")
-    upstream = "its own demo" if config.demo else config.upstream.geturl()
-    hooks = ", ".join(server.hooks) or "none"
-    say(f"and sends to {upstream}; who may call: {callers}; hooks: {hooks}")
-    threading.Thread(target=say_if_unreachable, args=[server.upstream], daemon=True).start()
+    say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
+        f"base_url for clients: {server.url}/v1)")
+    settings, gate = server.settings, server.gate
+    callers = ("anyone whom the authenticate hook accepts" if gate.hook else
+               f"anyone with a key ({len(gate.keys.owners)} keys)" if gate.keys else
+               "anyone who can reach it" if settings.insecure else "anyone on this machine")
+    say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
+        f"hooks: {', '.join(server.hooks) or 'none'}")
+    if "num_ctx" in dict(settings.option):
+        say("note: Ollama's own /v1 routes ignore --option num_ctx, and Ollama reloads a model if "
+            "num_ctx changes; OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
+    try:  # so that a wrong URL shows before the first client comes
+        with server.upstream.request(Patience(lambda: bool(signals), CONNECT_SECONDS), "GET",
+                                     "/api/version") as response:
+            read_object(response)
+    except ProxyError as error:
+        say(f"warning: {error.message} ({error.detail or settings.upstream.geturl()}); to try the "
+            "proxy without Ollama, use --demo" * (not signals))
     while not signals:
         time.sleep(0.1)
-    if server.watchdog:
-        say(f"stopping in {config.drain_timeout:g} s or when all requests have ended (now "
-            f"{len(server.watchdog)}); at once on another signal")
-    whole = server.drain(lambda: len(signals) > 1)
-    say("stopped" if whole else "stopped; answers were cut")
+    if server.observer.active:
+        say(f"stopping: waiting up to {DRAIN_SECONDS:g} s for {server.observer.active} request(s); "
+            "press Ctrl-C again to stop now")
+    whole = server.drain()
+    say("stopped" if whole else "stopped; some answers were cut off")
     return 0 if whole else 1
 
 

@@ -33,14 +33,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 import doctest
 import pytest
 
 import ndjson_sse_proxy as proxy_module
 from ndjson_sse_proxy import (
-    ChatStream, Config, DemoOllama, NdjsonDecoder, ProxyError, ProxyServer, fold_choices, parse_url,
-    sse_event, to_ollama_chat, translate)
+    ChatStream, ProxyError, ProxyServer, parse_url, read_settings, sse_event, start_demo,
+    to_ollama_chat, translate, whole_answer)
 
 HERE = Path(__file__).parent
 PROGRAM = HERE / "ndjson_sse_proxy.py"
@@ -362,14 +363,20 @@ class FakeOllama:
         self.listener.close()
 
 
+def make_settings(upstream, **changes):
+    """The default settings with changes by name, on a free port."""
+    settings = read_settings(["--listen", "127.0.0.1:0", "--upstream", upstream], {})
+    assert set(changes) <= set(vars(settings))
+    vars(settings).update(changes)
+    return settings
+
+
 @pytest.fixture
 def start(request):
     """start(*steps) -> (proxy, fake upstream); settings by name go to Config."""
     def start(*steps, size=None, answers=(), upstream=None, **settings):
         fake = None if upstream else FakeOllama(*steps, size=size, answers=answers)
-        config = Config(listen=parse_url("127.0.0.1:0"),
-                        upstream=parse_url(upstream or fake.url), **settings)
-        server = ProxyServer(config)
+        server = ProxyServer(make_settings(upstream or fake.url, **settings))
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
 
@@ -387,8 +394,8 @@ def start(request):
 @pytest.fixture(scope="module")
 def demo():
     """The URL of a proxy in front of the demo, without its pace."""
-    upstream = DemoOllama(pace=0)
-    server = ProxyServer(Config(listen=parse_url("127.0.0.1:0"), upstream=parse_url(upstream.url)))
+    proxy_module.DemoHandler.pace = 0
+    server = ProxyServer(make_settings(start_demo()))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -438,7 +445,9 @@ class Answer:
 
     def folded(self):
         """The choices of the whole answer that the stream adds up to."""
-        return fold_choices(c for chunk in self.chunks() for c in chunk["choices"])
+        stream = ChatStream("m", "x", 0)
+        choices = (c for chunk in self.chunks() for c in chunk["choices"])
+        return whole_answer(stream, choices)["choices"]
 
     def deltas(self, name="content"):
         return "".join(choice["delta"].get(name, "") for chunk in self.chunks()
@@ -484,65 +493,51 @@ def assert_failed(answer, status=502, code=None):
 # ---- 3. NDJSON in ------------------------------------------------------------------------------
 
 
-def test_ndjson_split_at_every_byte_gives_the_same_records():
+def parsed(data):
+    return [record for _, record in proxy_module.records(io.BytesIO(data))]
+
+
+def test_ndjson_with_blank_lines_and_crlf_gives_its_records():
     data = '{"a":"你好 🙂"}\r\n\n  {"b":2}\n{"c":[3]}\n'.encode()
-    expected = [{"a": "你好 🙂"}, {"b": 2}, {"c": [3]}]
-    for i in range(len(data) + 1):
-        decoder = NdjsonDecoder()
-        pieces = [*decoder.feed(data[:i]), *decoder.feed(data[i:]), *decoder.close()]
-        assert [record for _, record in pieces] == expected
-    decoder = NdjsonDecoder()
-    records = [r for i in range(len(data)) for _, r in decoder.feed(data[i:i + 1])]
-    assert records == expected
+    assert parsed(data) == [{"a": "你好 🙂"}, {"b": 2}, {"c": [3]}]
 
 
 def test_ndjson_last_line_without_newline_is_a_record():
-    decoder = NdjsonDecoder()
-    assert list(decoder.feed(b'{"a":1}')) == []
-    assert list(decoder.close()) == [(b'{"a":1}', {"a": 1})]
+    assert parsed(b'{"a":1}') == [{"a": 1}]
 
 
 def test_ndjson_end_inside_a_line_raises():
-    decoder = NdjsonDecoder()
-    list(decoder.feed(b'{"a":1}\n{"a":'))
-    with pytest.raises(ProxyError, match="ended inside a line"):
-        list(decoder.close())
+    with pytest.raises(ProxyError, match="ended inside a line") as error:
+        parsed(b'{"a":1}\n{"a":')
+    assert error.value.code == "upstream_cut"
 
 
 @pytest.mark.parametrize("line", [
     b"[1]", b"1", b"null", b"7e", b"{", b"{'a':1}", b'{"a":NaN}', b'{"a":1e999}', b'{"a":"\xff"}',
     b'{"a":1}{"b":2}', b"\xef\xbb\xbf{}", b"<html>", b'{"a":' + b"[" * 100_000])
 def test_ndjson_line_that_is_no_object_raises_after_the_good_ones(line):
-    records = NdjsonDecoder().feed(b'{"good":1}\n' + line + b"\n")
-    assert next(records)[1] == {"good": 1}
+    found = proxy_module.records([b'{"good":1}\n', line + b"\n"])
+    assert next(found)[1] == {"good": 1}
     with pytest.raises(ProxyError) as error:
-        next(records)
+        next(found)
     assert (error.value.status, error.value.code) == (502, "upstream_protocol")
-
-
-def test_ndjson_records_survive_a_reader_that_stops_early():
-    decoder = NdjsonDecoder()
-    decoder.feed(b'{"a":1}\n{"b":2}\n{"c"')
-    assert next(decoder.feed(b":3}\n"))[1] == {"a": 1}
-    assert [record for _, record in decoder.feed(b"")] == [{"b": 2}, {"c": 3}]
 
 
 @pytest.mark.parametrize("number, good", [
     ("1" * 308, True), ("-" + "1" * 308, True), ("1" * 310, False), ("-" + "9" * 5000, False)])
 def test_ndjson_integer_that_could_not_be_written_again_is_refused(number, good):
-    records = NdjsonDecoder().feed(b'{"a":%b}\n' % number.encode())
+    line = b'{"a":%b}\n' % number.encode()
     if good:
-        assert next(records)[1] == {"a": int(number)} and isinstance(int(number), int)
+        assert parsed(line) == [{"a": int(number)}]
     else:
         with pytest.raises(ProxyError):
-            next(records)
+            parsed(line)
 
 
-def test_ndjson_line_without_end_is_refused_at_the_cap():
-    decoder = NdjsonDecoder(max_line=100)
-    assert list(decoder.feed(b"x" * 100)) == []
-    with pytest.raises(ProxyError, match="more than 100 bytes"):
-        list(decoder.feed(b"x"))
+def test_ndjson_line_without_end_is_refused_at_the_cap(monkeypatch):
+    monkeypatch.setattr(proxy_module, "MAX_LINE_BYTES", 100)
+    with pytest.raises(ProxyError, match="longer than 100 bytes"):
+        parsed(b"x" * 101)
 
 
 # ---- 4. SSE out --------------------------------------------------------------------------------
@@ -575,6 +570,14 @@ def named(name):
     return {"type": "function", "function": {"name": name}}
 
 
+def forced_format(**schemas):
+    """The `format` that forces a call of one of these functions; the schemas have no references."""
+    calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
+        "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}} for i, name in enumerate(schemas)]
+    return {**(calls[0] if len(calls) == 1 else {"anyOf": calls}),
+            "$defs": {str(i): schema for i, schema in enumerate(schemas.values())}}
+
+
 ABSENT, NAMED_400, HINT = "absent", "a 400 that names the field", "no effect and no complaint"
 SCHEMA = {"type": "object", "$defs": {"x": {"type": "string"}}, "properties": {"a": {"$ref": "#/$defs/x"}}}
 # field, what is sent, where it shows in the native request, and as what
@@ -582,8 +585,8 @@ CHAT_CASES = [
     ("model", {"model": "other"}, "body.model", "other"),
     ("messages", {"messages": [{"role": "user", "content": "x"}]}, "body.messages",
      [{"role": "user", "content": "x"}]),
-    ("stream", {"stream": True}, "reply.stream", True),
-    ("stream_options", {"stream_options": {"include_usage": True}}, "reply.include_usage", True),
+    ("stream", {"stream": True}, "wanted.stream", True),
+    ("stream_options", {"stream_options": {"include_usage": True}}, "wanted.usage", True),
     ("max_tokens", {"max_tokens": 5}, "body.options.num_predict", 5),
     ("max_tokens", {"max_tokens": 5, "options": {"num_predict": 9}}, "body.options.num_predict", 5),
     ("max_completion_tokens", {"max_completion_tokens": 6, "max_tokens": 5},
@@ -604,7 +607,7 @@ CHAT_CASES = [
     ("format", {"format": "json"}, "body.format", "json"),
     ("truncate", {"truncate": True}, "body.truncate", True),
     ("shift", {"shift": False}, "body.shift", False),
-    ("n", {"n": 3}, "reply.n", 3),
+    ("n", {"n": 1}, HINT, None),
     ("logprobs", {"logprobs": True}, "body.logprobs", True),
     ("top_logprobs", {"top_logprobs": 2}, "body.top_logprobs", 2),
     *[("reasoning_effort", {"reasoning_effort": effort, "think": True}, "body.think", think)
@@ -619,23 +622,22 @@ CHAT_CASES = [
     ("tools", {"tools": [function()]}, "body.tools", [function()]),
     ("tool_choice", {"tools": [function()], "tool_choice": "none"}, "body.tools", ABSENT),
     ("tool_choice", {"tools": [function()], "tool_choice": "auto"}, "body.tools", [function()]),
-    ("tool_choice", {"tools": [function()], "tool_choice": "required"}, "body.format",
-     function()["function"]["parameters"]),
+    ("tool_choice", {"tools": [function()], "tool_choice": "required"}, "wanted.forced", True),
     ("tool_choice", {"tools": [function("f"), function("g", a={})], "tool_choice": named("g")},
-     "body.format", function(a={})["function"]["parameters"]),
+     "body.format", forced_format(g=function(a={})["function"]["parameters"])),
     ("tool_choice", {"tools": [function("f"), function("g")], "tool_choice": {
         "type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [named("g")]}}},
      "body.tools", [function("g")]),
     ("tool_choice", {"tools": [function("f"), function("g")], "tool_choice": {
         "type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named("g")]}}},
-     "reply.forced", "g"),
+     "body.format", forced_format(g=function()["function"]["parameters"])),
     ("tool_choice", {"tools": [function("f")], "tool_choice": named("g")}, NAMED_400, None),
     ("tool_choice", {"tool_choice": "required"}, NAMED_400, None),
     ("tool_choice", {"tools": [function("f")], "tool_choice": "always"}, NAMED_400, None),
-    ("parallel_tool_calls", {"parallel_tool_calls": False}, "reply.max_calls", 1),
-    ("parallel_tool_calls", {"parallel_tool_calls": True}, "reply.max_calls", ABSENT),
-    ("stream_options", {"stream_options": {"include_usage": None}}, "reply.include_usage", False),
-    ("tool_choice", {"tools": [function("f")], "tool_choice": "none"}, "reply.max_calls", 0),
+    ("parallel_tool_calls", {"parallel_tool_calls": False}, "wanted.max_calls", 1),
+    ("parallel_tool_calls", {"parallel_tool_calls": True}, "wanted.max_calls", ABSENT),
+    ("stream_options", {"stream_options": {"include_usage": None}}, "wanted.usage", ABSENT),
+    ("tool_choice", {"tools": [function("f")], "tool_choice": "none"}, "wanted.max_calls", 0),
     *[(name, {name: value}, HINT, None) for name, value in [
         ("user", "u"), ("metadata", {"a": "b"}), ("safety_identifier", "s"), ("prompt_cache_key", "k"),
         ("prompt_cache_options", {}), ("prompt_cache_retention", "24h"),
@@ -645,7 +647,7 @@ CHAT_CASES = [
     *[(name, {name: value}, NAMED_400, None) for name, value in [
         ("store", True), ("logit_bias", {"50256": -100}), ("audio", {"voice": "x"}),
         ("modalities", ["text", "audio"]), ("moderation", {"a": 1}), ("web_search_options", {"a": 1}),
-        ("functions", [{"name": "f"}]), ("function_call", "auto"), ("n", 0), ("n", 129)]],
+        ("functions", [{"name": "f"}]), ("function_call", "auto"), ("n", 2), ("n", "2")]],
 ]
 
 
@@ -674,28 +676,8 @@ def test_field_of_a_chat_does_what_its_row_says(field, sent, place, expected):
                field, sent, place, expected)
 
 
-COMPLETION_CASES = [
-    ("prompt", {"prompt": "x"}, "body.prompt", "x"),
-    ("prompt", {"prompt": ["x"]}, "body.prompt", "x"),
-    *[("prompt", {"prompt": value}, NAMED_400, None) for value in [["x", "y"], []]],
-    ("suffix", {"suffix": "s"}, "body.suffix", "s"),
-    ("logprobs", {"logprobs": 3}, "body.top_logprobs", 3),
-    ("max_tokens", {"max_tokens": 4}, "body.options.num_predict", 4),
-    ("echo", {"echo": False}, HINT, None), ("best_of", {"best_of": 1}, HINT, None),
-    ("echo", {"echo": True}, NAMED_400, None), ("best_of", {"best_of": 2}, NAMED_400, None),
-]
-
-
-@pytest.mark.parametrize("field, sent, place, expected", COMPLETION_CASES)
-def test_field_of_a_completion_does_what_its_row_says(field, sent, place, expected):
-    check_case(lambda sent: proxy_module.to_ollama_generate({"model": "m", "prompt": "", **sent}),
-               field, sent, place, expected)
-
-
 def test_every_row_of_the_tables_has_a_case():
     assert {case[0] for case in CHAT_CASES} == set(proxy_module.CHAT_FIELDS)
-    own = set(proxy_module.COMPLETION_FIELDS) - set(proxy_module.COMMON_FIELDS)
-    assert own <= {case[0] for case in COMPLETION_CASES}
 
 
 def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_hold():
@@ -711,7 +693,7 @@ def test_one_of_several_functions_is_forced_by_an_any_of_whose_references_still_
         "$defs": {str(i): {"type": "object", "properties": {"a": {"$ref": f"#/$defs/{i}/$defs/T"}},
                            "$defs": {"T": {"type": kind}}}
                   for i, kind in enumerate(["string", "integer"])}}
-    assert "tools" not in request.body and request.reply["forced"] == ""
+    assert "tools" not in request.body and request.wanted["forced"]
     assert [m["role"] for m in request.body["messages"]] == ["user", "system"]
     assert '"name":"g"' in request.body["messages"][1]["content"]
 
@@ -747,16 +729,14 @@ def test_every_chat_goes_up_streamed_and_never_truncated_nor_shifted():
         {"type": "image_url", "image_url": {"url": url}}]}]) for url in [
             "https://example.com/x.png", "data:image/png;base64,!!!!", "data:image/svg+xml;base64,AAAA",
             "data:image/png,AAAA", "file:///etc/passwd"]],
-    ("messages[0].content[0].input_audio.data", [{"role": "user", "content": [
-        {"type": "input_audio", "input_audio": {}}]}]),
+    ("messages[0].content[0].type", [{"role": "user", "content": [
+        {"type": "input_audio", "input_audio": {"data": "AAAA"}}]}]),
     ("messages[0].function_call", [{"role": "assistant", "function_call": {"name": "f"}}]),
     ("messages[0].role", [{"role": "function", "name": "f", "content": "x"}]),
     ("messages[0].tool_calls[0].id", [{"role": "assistant", "tool_calls": [
         {"function": {"name": "f", "arguments": "{}"}}]}]),
     *[("tools[0].function.parameters", [{"type": "function", "function": {
         "name": "f", "parameters": value}}]) for value in ["x", False, None, []]],
-    ("tools[0].function.parameters.$defs", [{"type": "function", "function": {
-        "name": "f", "parameters": {"$defs": 5}}}]),
     ("options.seed", {"seed": "x"}), ("options.num_ctx", {"num_ctx": "big"}),
     ("messages[0].tool_calls[0].function.arguments", [{"role": "assistant", "tool_calls": [
         {"id": "c", "function": {"name": "f", "arguments": []}}]}]),
@@ -807,10 +787,9 @@ def test_parts_of_a_message_become_one_message_with_its_images():
     parts = [{"type": "text", "text": "What is "},
              {"type": "image_url", "image_url": {"url": "data:image/png;base64," + png, "detail": "low"}},
              {"type": "image_url", "image_url": "data:image/jpeg;base64,AAAA"},
-             {"type": "input_audio", "input_audio": {"data": "BBBB", "format": "wav"}},
              {"type": "text", "text": "this?"}]
     assert native(messages=[{"role": "user", "content": parts}])["messages"] == [
-        {"role": "user", "content": "What is this?", "images": [png, "AAAA", "BBBB"]}]
+        {"role": "user", "content": "What is this?", "images": [png, "AAAA"]}]
 
 
 def test_unknown_members_of_messages_are_named():
@@ -883,56 +862,51 @@ def test_record_of_the_wrong_shape_is_a_breach_of_protocol(record):
 def test_nothing_may_follow_the_end_nor_an_error():
     done, failed = new_stream(), new_stream()
     list(done.feed({"done": True}))
-    done.close()
     with pytest.raises(ProxyError, match="died"):
         list(failed.feed({"error": "died"}))
     for s in done, failed:
         with pytest.raises(ProxyError, match="after"):
             list(s.feed({"message": {"content": "x"}}))
-    with pytest.raises(ProxyError, match="cut"):
-        failed.close()
 
 
 def test_usage_of_a_cached_prompt_counts_as_zero():
     s = new_stream()
     list(s.feed({"message": {}, "done": True, "eval_count": 3}))
-    chunk = proxy_module.with_usage([s], [])
+    chunk = s.with_usage([])
     assert chunk["usage"] == {"prompt_tokens": 0, "completion_tokens": 3, "total_tokens": 3}
     assert chunk["choices"] == []
 
 
-def forced_stream(forced, text, reason="stop"):
-    s = new_stream(forced=forced)
-    records = [{"message": {"content": text[:5]}}, {"message": {"content": text[5:]}},
+def whole(choices):
+    """The choice that a stream's choices add up to."""
+    return whole_answer(ChatStream("m", "x", 0), choices)["choices"][0]
+
+
+def forced_stream(text, reason="stop"):
+    s = new_stream(forced=True)
+    answer = [{"message": {"content": text[:5]}}, {"message": {"content": text[5:]}},
                {"message": {}, "done": True, "done_reason": reason}]
-    return fold_choices(c for r in records for c in s.feed(r))[0]
+    return whole(c for r in answer for c in s.feed(r))
 
 
-@pytest.mark.parametrize("forced, text, name, arguments", [
-    ("f", '{\n "a": 1}', "f", '{"a":1}'),
-    ("", '{"name": "g", "arguments": {"b": [2]}}', "g", '{"b":[2]}'),
-    ("", '{"name": "g"}', "g", "{}"),
-])
-def test_forced_call_is_the_whole_content_as_one_call(forced, text, name, arguments):
-    choice = forced_stream(forced, text)
+@pytest.mark.parametrize("text, name, arguments", [
+    ('{"name": "g", "arguments": {"b": [2]}}', "g", '{"b":[2]}'), ('{"name": "g"}', "g", "{}")])
+def test_forced_call_is_the_whole_content_as_one_call(text, name, arguments):
+    choice = forced_stream(text)
     call = choice["message"]["tool_calls"][0]
     assert call["function"] == {"name": name, "arguments": arguments} and call["type"] == "function"
     assert choice["message"]["content"] is None and choice["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("forced, text, name, arguments", [
-    ("f", '{"a": "cut h', "f", '{"a": "cut h'),
-    ("", '{"name": "g", "arguments": {"b": [', "g", '{"b": ['),
-])
-def test_forced_call_that_is_cut_says_length_and_gives_what_came(forced, text, name, arguments):
+def test_forced_call_that_is_cut_says_length_and_gives_what_came():
     for reason in "length", "stop":
-        choice = forced_stream(forced, text, reason)
+        choice = forced_stream('{"name": "g", "arguments": {"b": [', reason)
         assert choice["finish_reason"] == "length"
-        assert choice["message"]["tool_calls"][0]["function"] == {"name": name, "arguments": arguments}
+        assert choice["message"]["tool_calls"][0]["function"] == {"name": "g", "arguments": '{"b": ['}
 
 
 def test_forced_call_that_is_cut_before_its_name_stays_text():
-    choice = forced_stream("", '{"name": "ge', "length")
+    choice = forced_stream('{"name": "ge', "length")
     assert choice["message"] == {"role": "assistant", "content": '{"name": "ge'}
     assert choice["finish_reason"] == "length"
 
@@ -942,14 +916,12 @@ def test_second_call_is_dropped_where_the_client_wants_one_at_a_time():
     call = {"function": {"name": "f", "arguments": {}}}
     choices = s.feed({"message": {"tool_calls": [call, call]}}) + s.feed(
         {"message": {"tool_calls": [call]}, "done": True})
-    message = fold_choices(choices)[0]["message"]
-    assert len(message["tool_calls"]) == 1
+    assert len(whole(choices)["message"]["tool_calls"]) == 1
 
 
 def test_middle_of_the_program_runs_on_bytes_alone():
-    body = says("Hel") + says("lo") + FINAL
-    choices = translate([body[i:i + 1] for i in range(len(body))], new_stream())
-    assert fold_choices(choices)[0]["message"] == {"role": "assistant", "content": "Hello"}
+    choices = translate([says("Hel"), says("lo"), FINAL], new_stream())
+    assert whole(choices)["message"] == {"role": "assistant", "content": "Hello"}
 
 
 # ---- Chat, end to end, on recordings -----------------------------------------------------------
@@ -1093,24 +1065,6 @@ def test_logprobs_without_alternatives_still_have_the_list():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_several_choices_are_as_many_requests_and_their_usage_is_summed(start, stream):
-    server, fake = start(RECORDED["length"])
-    answer = chat(server, stream, n=3, seed=5, stream_options={"include_usage": True})
-    if stream:
-        chunks = answer.chunks()
-        whole = {**chunks[-1], "choices": answer.folded()}
-        assert answer.events()[-1] == "[DONE]" and len({c["id"] for c in chunks}) == 1
-        assert sum("usage" in c for c in chunks) == 1
-    else:
-        whole = answer.json()
-    assert [c["index"] for c in whole["choices"]] == [0, 1, 2]
-    assert all(c["message"]["content"] == "Hello from a" for c in whole["choices"])
-    assert whole["usage"] == {"prompt_tokens": 27, "completion_tokens": 9, "total_tokens": 36}
-    seeds = [json.loads(fake.requests.get(timeout=DEADLINE)[2])["options"]["seed"] for _ in range(3)]
-    assert seeds == [5, 6, 7]
-
-
-@pytest.mark.parametrize("stream", [True, False])
 def test_effort_on_a_model_that_cannot_think_is_asked_again_without_it(start, stream):
     server, fake = start(answers=[[RECORDED["think_on_hello"]], [RECORDED["hello"]]])
     answer = chat(server, stream, reasoning_effort="high")
@@ -1135,55 +1089,6 @@ def test_recorded_any_of_becomes_a_forced_call(start):
     choice = answer.folded()[0]
     assert choice["message"]["tool_calls"][0]["function"] == {"name": "a", "arguments": '{"x":false}'}
     assert choice["finish_reason"] == "tool_calls"
-
-
-# ---- Completions -------------------------------------------------------------------------------
-
-
-def complete(server, **fields):
-    return call(server, "POST", "/v1/completions", {"model": "m", "prompt": "hi", **fields})
-
-
-@pytest.mark.parametrize("size", [None, 1])
-def test_recorded_generate_becomes_text_completion(start, size):
-    server, fake = start(RECORDED["generate"], size=size)
-    answer = complete(server, stream=True, stream_options={"include_usage": True})
-    chunks = answer.chunks()
-    assert answer.events()[-1] == "[DONE]"
-    assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == HELLO
-    assert chunks[0] == {
-        "id": chunks[0]["id"], "object": "text_completion", "created": chunks[0]["created"],
-        "model": "m", "system_fingerprint": "fp_ollama", "choices": [
-            {"index": 0, "text": "Hello", "logprobs": None, "finish_reason": None}]}
-    assert chunks[0]["id"].startswith("cmpl-")
-    assert [c["choices"][0]["finish_reason"] for c in chunks[-3:-1]] == [None, "stop"]
-    assert chunks[-1]["usage"]["completion_tokens"] == 27
-    line, _, body = fake.requests.get(timeout=DEADLINE)
-    assert line.startswith("POST /api/generate") and json.loads(body) == {
-        "model": "m", "prompt": "hi", "stream": True, "truncate": False, "options": {}}
-    whole = complete(server).json()
-    assert whole["object"] == "text_completion" and whole["usage"]["total_tokens"] > 27
-    assert whole["choices"] == [{"index": 0, "text": HELLO, "logprobs": None, "finish_reason": "stop"}]
-
-
-def test_completion_logprobs_are_parallel_arrays():
-    s = proxy_module.TextStream("m", "cmpl-x", 1)
-    record = {"response": "a", "logprobs": [
-        {"token": "a", "logprob": -1, "top_logprobs": [{"token": "b", "logprob": -2}]}]}
-    whole = fold_choices(s.feed(record) + s.feed({**record, "done": True}))[0]
-    assert whole["logprobs"] == {
-        "tokens": ["a", "a"], "token_logprobs": [-1, -1], "top_logprobs": [{"b": -2}, {"b": -2}]}
-
-
-@pytest.mark.parametrize("name, status, code", [
-    ("generate_suffix", 400, "upstream_error"), ("over_generate", 400, "context_length_exceeded"),
-    ("die_mid_generate", 502, "upstream_error")])
-@pytest.mark.parametrize("stream", [True, False])
-def test_recorded_refusal_of_a_completion(start, name, status, code, stream):
-    server, _ = start(RECORDED[name])
-    error = assert_failed(complete(server, stream=stream), status, code)
-    if name == "generate_suffix":
-        assert error["message"].endswith("does not support insert")
 
 
 # ---- Errors and false endings ------------------------------------------------------------------
@@ -1253,7 +1158,7 @@ SAID = HEAD + chunk(says("some"))
     ((SAID, RESET), "upstream_cut"),
     ((SAID + b"0\r\n\r\n",), "upstream_cut"),
     ((SAID + b"20\r\n{\"message\":",), "upstream_cut"),
-    ((SAID + b"xyz\r\n",), "upstream_protocol"),
+    ((SAID + b"xyz\r\n",), "upstream_cut"),
     ((SAID + b"-5\r\nabc\r\n",), None),
     ((SAID + chunk(b'{"message":{"content":"cut in the middle') + b"0\r\n\r\n",), "upstream_cut"),
     ((SAID + chunk(b"<html>\n"),), "upstream_protocol"),
@@ -1311,7 +1216,7 @@ def test_random_upstream_answer_ends_well_or_says_an_error(start, log, name):
             assert answer.json()["choices"][0]["finish_reason"]
     fake.steps = (RECORDED["hello"],)
     assert chat(server).deltas() == HELLO
-    assert "Traceback" not in "".join(log.queue)
+    assert "Traceback" not in "".join(log.queue), "\n".join(log.queue)[-3000:]
 
 
 def test_random_request_is_answered_or_closed_and_the_next_one_is_served(start, log):
@@ -1322,7 +1227,7 @@ def test_random_request_is_answered_or_closed_and_the_next_one_is_served(start, 
         answer = raw(server, mutated(rng, request))
         assert not answer or answer.startswith(b"HTTP/1.1 ")
     assert "Hello from a" in chat(server).text()
-    assert "Traceback" not in "".join(log.queue)
+    assert "Traceback" not in "".join(log.queue), "\n".join(log.queue)[-3000:]
 
 
 def test_silent_upstream_is_a_504_or_an_error_frame(start):
@@ -1336,13 +1241,13 @@ def test_silent_upstream_is_a_504_or_an_error_frame(start):
     never.set()
 
 
-def test_upstream_that_is_not_there_is_a_502_that_says_what_to_do(start):
+def test_upstream_that_is_not_there_is_a_502_whose_address_only_the_log_has(start, log):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     server, _ = start(upstream=f"http://127.0.0.1:{port}")
     error = assert_failed(chat(server), 502, "upstream_unreachable")
-    assert "ollama serve" in error["message"] and "--demo" in error["message"]
-    assert f"127.0.0.1:{port}" in error["message"]
+    assert "ollama serve" in error["message"] and str(port) not in error["message"]
+    assert f"detail=\"http://127.0.0.1:{port}: " in log.get(timeout=DEADLINE)
 
 
 # ---- Raw frames --------------------------------------------------------------------------------
@@ -1434,11 +1339,11 @@ PASSED = [("POST", path) for path in (
 def test_passed_route_gives_and_takes_bytes_unread(start, method, path):
     body = b'\x00 not json, \xff' if method == "POST" else None
     answer_bytes = b'{"spacing":   "kept", "bad utf-8": "\xff"}'
-    server, fake = start(b"HTTP/1.1 418 x\r\nContent-Type: a/b\r\nContent-Length: %d\r\n\r\n%b" % (
+    server, fake = start(b"HTTP/1.1 201 x\r\nContent-Type: a/b\r\nContent-Length: %d\r\n\r\n%b" % (
         len(answer_bytes), answer_bytes))
     answer = call(server, method, path + "?beta=true", body, {
         "Content-Type": "multipart/form-data; boundary=x", "anthropic-version": "1"})
-    assert (answer.status, answer.headers["Content-Type"]) == (418, "a/b")
+    assert (answer.status, answer.headers["Content-Type"]) == (201, "a/b")
     assert answer.body == answer_bytes and answer.headers["Content-Length"] == str(len(answer_bytes))
     line, headers, sent = fake.requests.get(timeout=DEADLINE)
     assert line == f"{method} {path}?beta=true HTTP/1.1" and sent == (body or b"")
@@ -1498,20 +1403,29 @@ def test_head_is_answered_where_get_is(start):
     connection.close()
 
 
+def model_list(*ids):
+    return json_answer({"object": "list", "data": [
+        {"id": i, "object": "model", "created": 1795385879, "owned_by": "library"} for i in ids]})
+
+
+def json_answer(value, status=200):
+    body = json.dumps(value).encode()
+    return b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        status, len(body), body)
+
+
 @pytest.mark.parametrize("path, name", [
-    ("hello", "hello"), ("hf.co/a/b:Q4", "hf.co/a/b:Q4"), ("hf.co%2Fa%2Fb%3AQ4", "hf.co/a/b:Q4")])
-def test_model_is_looked_up_by_its_id_whatever_it_contains(start, path, name):
-    shown = (b'{"modified_at":"2026-11-22T22:18:01.7+02:00","capabilities":["completion"],"model_info":'
-             b'{"general.architecture":"llama","llama.context_length":4096}}')
-    server, fake = start(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(shown), shown))
-    model = call(server, "GET", "/v1/models/" + path).json()
-    assert model["id"] == name and model["object"] == "model" and model["owned_by"] == "library"
-    assert model["context_length"] == 4096 and model["capabilities"] == ["completion"]
-    assert json.loads(fake.requests.get(timeout=DEADLINE)[2]) == {"model": name}
+    ("hello:latest", "hello:latest"), ("hello", "hello"), ("hf.co/a/b:Q4", "hf.co/a/b:Q4"),
+    ("hf.co%2Fa%2Fb%3AQ4", "hf.co/a/b:Q4")])
+def test_model_is_looked_up_in_the_list_by_its_id_whatever_it_contains(start, path, name):
+    server, fake = start(model_list("hello:latest", "hf.co/a/b:Q4"))
+    assert call(server, "GET", "/v1/models/" + path).json() == {
+        "id": name, "object": "model", "created": 1795385879, "owned_by": "library"}
+    assert fake.requests.get(timeout=DEADLINE)[0] == "GET /v1/models HTTP/1.1"
 
 
 def test_missing_model_is_a_404_that_names_the_cure(start):
-    server, _ = start(RECORDED["show_missing"])
+    server, _ = start(model_list())
     answer = call(server, "GET", "/v1/models/nosuch")
     assert answer.status == 404 and "ollama pull nosuch" in answer.json()["error"]["message"]
 
@@ -1529,13 +1443,6 @@ def test_compressed_body_is_a_415_on_translated_routes_only(start):
     for path, status in ("/v1/chat/completions", 415), ("/v1/responses", 200):
         assert call(server, "POST", path, b"x", {"Content-Encoding": "zstd"}).status == status
     assert fake.requests.get(timeout=DEADLINE)[1]["Content-Encoding"] == "zstd"
-
-
-def test_proxy_that_asks_itself_says_so(start):
-    server, _ = start(upstream="http://127.0.0.1:1")
-    server.upstream.url = parse_url(server.url)
-    answer = chat(server)
-    assert answer.status == 508 and "--upstream" in answer.json()["error"]["message"]
 
 
 # ---- The connection ----------------------------------------------------------------------------
@@ -1557,8 +1464,9 @@ def test_each_frame_arrives_before_the_next_record_is_said(start):
 
 def test_frames_do_not_wait_for_the_confirmation_of_the_last_one(start, monkeypatch):
     seen = []
-    monkeypatch.setattr(proxy_module.ProxyHandler, "send_text", lambda self, text: seen.append(
-        self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) or self.start(200, "a/b", 0))
+    answer = proxy_module.ProxyHandler.answer
+    monkeypatch.setattr(proxy_module.ProxyHandler, "answer", lambda self, first: seen.append(
+        self.connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) or answer(self, first))
     server, _ = start()
     assert call(server, "GET", "/").status == 200 and seen and seen[0]
 
@@ -1601,8 +1509,7 @@ def test_client_that_hangs_up_in_the_stream_ends_the_upstream_request(start):
 
 def raw(server, data):
     """Send bytes and FIN, read until the proxy closes. FIN is no hang-up here."""
-    server.watchdog.stop()
-    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
+    with mock.patch.object(proxy_module, "has_hung_up", lambda client: False), socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as client:
         client.sendall(data)
         with contextlib.suppress(OSError):  # the proxy was faster
             client.shutdown(socket.SHUT_WR)
@@ -1620,8 +1527,7 @@ def test_http_1_0_client_gets_an_unchunked_stream(start):
 
 @pytest.mark.parametrize("request_bytes, status", [
     (b"POST /v1/chat/completions HTTP/1.1\r\n\r\n", 411),
-    (b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
-    (b"GET /v1/models HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 411),
+    (b"GET /v1/models HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: +2\r\n\r\n{}", 400),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}", 400),
     (b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: 99999999999\r\n\r\n{}", 413),
@@ -1693,8 +1599,7 @@ def test_many_tool_calls_and_long_answers_take_linear_time():
     calls = [{"id": f"c{i}", "function": {"name": "f", "arguments": {}}} for i in range(40_000)]
     s = new_stream()
     choices = s.feed({"message": {"tool_calls": calls}}) + s.feed({"done": True})
-    whole = fold_choices(choices)[0]["message"]
-    assert len(whole["tool_calls"]) == 40_000
+    assert len(whole(choices)["message"]["tool_calls"]) == 40_000
 
 
 def test_path_that_is_not_ascii_is_a_400(start):
@@ -1713,7 +1618,7 @@ def test_only_http_1_1_is_told_to_go_on(start):
 
 @pytest.mark.parametrize("version, wish, kept", [
     ("1.1", "Connection: keep-alive\r\nConnection: close\r\n", False),
-    ("1.0", "", False), ("1.0", "Connection: Keep-Alive\r\n", True), ("1.1", "", True),
+    ("1.0", "", False), ("1.0", "Connection: Keep-Alive\r\n", False), ("1.1", "", True),
     ("1.1", "Connection: close\r\n", False), ("1.1", "Connection: x, Close\r\n", False)])
 def test_connection_is_kept_as_the_version_and_the_client_want_it(start, version, wish, kept):
     server, _ = start()
@@ -1739,16 +1644,7 @@ def test_whole_answer_has_its_usage_whatever_the_stream_options_say(start):
     assert "usage" in chat(server, False, stream_options={"include_usage": False}).json()
 
 
-def test_models_are_listed_from_tags(start):
-    server, _ = start(RECORDED["tags"])
-    answer = call(server, "GET", "/v1/models").json()
-    assert answer["object"] == "list"
-    assert answer["data"][0] == {
-        "id": "tool:latest", "object": "model", "created": 1795385881, "owned_by": "library",
-        "context_length": 4096, "capabilities": ["completion", "tools"]}
-
-
-@pytest.mark.parametrize("body", [b'{"models":null}', b'{"models":[]}', b"{}"])
+@pytest.mark.parametrize("body", [b'{"data":null}', b'{"data":[]}', b"{}"])
 def test_no_models_are_an_empty_list(start, body):
     server, _ = start(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
     assert call(server, "GET", "/v1/models").json() == {"object": "list", "data": []}
@@ -1779,9 +1675,10 @@ LENGTH = b"Content-Length: %d\r\n" % len(BODY)
         b"", b"+27", b"-1", b"0x1b", b"1_0", b"27 ", b"2 7", b"27;", b"\xd9\xa2", b"1" * 30)
       if value != b"27 "],
     (POST + HOST + LENGTH + b"Transfer-Encoding: chunked\r\n", 400),
-    (POST + HOST + b"Transfer-Encoding: chunked\r\n", 411),
+    (POST + HOST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400),
+    (POST.replace(b"1.1", b"1.0") + HOST + b"Transfer-Encoding: chunked\r\n", 400),
     (POST + HOST + b"Transfer-Encoding: identity\r\n" + LENGTH, 400),
-    (POST + HOST + b"transfer-encoding: xchunked\r\n", 411),
+    (POST + HOST + b"transfer-encoding: xchunked\r\n", 400),
     (POST + HOST + b"Transfer-Encoding : chunked\r\n", 400),
     (POST + HOST + b"Transfer_Encoding: chunked\r\n", 411),  # another header; no length then
     # lines and their ends
@@ -1889,22 +1786,11 @@ def test_only_who_has_a_key_may_call(start, log, headers, status):
     assert "sk-" not in log and "nope" not in log and "wrong" not in log
 
 
-def test_every_key_is_compared_in_constant_time_and_to_its_end(monkeypatch):
-    compared = []
-    compare = proxy_module.hmac.compare_digest
-    monkeypatch.setattr(proxy_module.hmac, "compare_digest", lambda a, b: compared.append(
-        (len(a), len(b))) or compare(a, b))
-    keys = proxy_module.Keys((ALICE, BOB), "")
-    for presented, caller in (ALICE[1], "alice"), (BOB[1], "key-2"), ("wrong", None), ("", None):
-        compared.clear()
-        assert keys.caller(presented) == caller and compared == [(32, 32)] * 2
-
-
 def test_health_and_front_page_need_no_key(start):
     server, _ = start(api_key=(ALICE,))
     assert call(server, "GET", "/healthz").status == 200
     assert call(server, "GET", "/").status == 200
-    assert call(server, "GET", "/readyz").status == 401
+    assert call(server, "GET", "/metrics").status == 401
 
 
 def test_refusal_comes_before_the_body_is_read(start):
@@ -1915,16 +1801,17 @@ def test_refusal_comes_before_the_body_is_read(start):
 
 
 def write_keys(path, text):
-    """A new file in the old one's place, as editors and admins do it."""
+    """A new file in the old one's place, as editors and admins do it; not a young one."""
     new = path.with_suffix(".new")
     new.write_text(text, encoding="utf-8")
+    os.utime(str(new), (time.time() - 9,) * 2)
     os.replace(str(new), str(path))
 
 
 def test_key_file_is_read_anew_when_it_changes(start, tmp_path, log):
     path = tmp_path / "keys"
     write_keys(path, "# callers\n\nalice:sk-alice-0123\nsk-bob-01234567\n")
-    server, _ = start(RECORDED["tags"], api_key_file=str(path))
+    server, _ = start(model_list("m"), api_key_file=str(path))
 
     def status(key):
         return call(server, "GET", "/v1/models", headers=bearer(key)).status
@@ -1933,7 +1820,7 @@ def test_key_file_is_read_anew_when_it_changes(start, tmp_path, log):
     assert (status("sk-alice-0123"), status("sk-bob-01234567")) == (401, 200)
     write_keys(path, "sk-bob-01234567\nshort\n")  # broken: the old ones stay, and it says so, once
     assert (status("sk-bob-01234567"), status("sk-alice-0123")) == (200, 401)
-    assert "\n".join(log.queue).count("the old keys stay in force") == 1
+    assert "\n".join(log.queue).count("the previous keys stay valid") == 1
     path.unlink()
     assert status("sk-bob-01234567") == 200
     write_keys(path, "")  # nobody has a key any more; that is not the same as asking for none
@@ -1956,48 +1843,37 @@ def test_revoked_key_does_not_cut_the_stream_under_way(start, tmp_path):
     connection.close()
 
 
-@pytest.mark.parametrize("host, status", [
-    ("localhost", 200), ("LOCALHOST:1", 200), ("127.0.0.1", 200), ("[::1]:11435", 200),
-    ("a.localhost", 200), ("box.lan", 200), ("BOX.lan:80", 200),
-    ("evil.example", 403), ("localhost.evil.example", 403), ("127.0.0.1.evil.example", 403),
-    ("192.0.2.1", 403)])
-def test_host_that_is_not_ours_is_refused_against_dns_rebinding(start, host, status):
-    server, _ = start(allowed_host=("box.lan",))
-    answer = call(server, "GET", "/healthz", headers={"Host": host})
-    assert answer.status == status
-    if status == 403:
-        assert "--allowed-host" in answer.json()["error"]["message"]
+@pytest.mark.parametrize("host, local", [
+    ("localhost", True), ("LOCALHOST:1", True), ("127.0.0.1", True), ("[::1]:11435", True),
+    ("a.localhost", True), ("box.local", True), ("BOX.internal:80", True), ("box", True),
+    ("192.0.2.1", True), ("evil.example", False), ("localhost.evil.example", False),
+    ("127.0.0.1.evil.example", False), ("local", True), ("box.locale", False)])
+def test_host_must_be_local_unless_keys_are_set(start, host, local):
+    for settings in {}, {"insecure": True}:
+        answer = call(start(**settings)[0], "GET", "/healthz", headers={"Host": host})
+        assert answer.status == (200 if local else 403)
+    assert call(start(api_key=[ALICE])[0], "GET", "/healthz", headers={"Host": host}).status == 200
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has all of 127.0.0.0/8")
-@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
-def test_address_that_the_client_has_connected_to_is_ours(listen):
-    try:
-        server = ProxyServer(Config(listen=parse_url(listen), insecure=True))
-    except OSError:
-        pytest.skip("no IPv6 here")
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    for address, host, status in [("127.0.0.2", "127.0.0.2", 200), ("127.0.0.2", "127.0.0.3", 403)]:
-        connection = http.client.HTTPConnection(address, server.server_port, timeout=DEADLINE)
-        connection.request("GET", "/healthz", headers={"Host": host})
-        assert connection.getresponse().status == status
-        connection.close()
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("origin, status", [
-    ("http://localhost:3000", 200), ("https://127.0.0.1", 200), ("http://[::1]:5", 200),
-    ("app://obsidian.md", 200), ("tauri://localhost", 200), ("https://chat.example", 200),
-    ("http://evil.example", 403), ("null", 403), ("", 403), ("http://localhost.evil.example", 403),
-    ("http://localhost:1@evil.example", 403), ("https://chat.example.evil.example", 403)])
-def test_page_of_another_site_may_not_call_not_even_simply(start, origin, status):
-    server, fake = start(RECORDED["hello"], cors_origin=("https://chat.example",))
-    answer = call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []},
-                  {"Origin": origin, "Content-Type": "text/plain"})
-    assert answer.status == status
-    assert answer.headers["Access-Control-Allow-Origin"] == (origin if status == 200 else None)
-    assert fake.requests.empty() == (status == 403)
+@pytest.mark.parametrize("origin, local", [
+    ("http://localhost:3000", True), ("https://127.0.0.1", True), ("http://[::1]:5", True),
+    ("app://obsidian.md", True), ("tauri://localhost", True), ("https://chat.example", False),
+    ("http://evil.example", False), ("null", False), ("http://localhost.evil.example", False),
+    ("http://localhost:1@evil.example", False)])
+def test_page_must_be_local_unless_keys_are_set_even_for_a_simple_request(start, hooks, origin, local):
+    accept = hooks("def authenticate(headers): return 'anyone'")
+    for settings in {}, {"insecure": True}, {"hooks": accept}, {"hooks": accept, "api_key": [ALICE]}:
+        server, fake = start(RECORDED["hello"], **settings)
+        answer = call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []},
+                      {"Origin": origin, "Content-Type": "text/plain"})
+        assert answer.status == (200 if local else 403) and fake.requests.empty() != local
+        assert answer.headers["Access-Control-Allow-Origin"] == (origin if local else None)
+    server, _ = start(RECORDED["hello"], api_key=[ALICE])
+    for headers, status in ({}, 401), (bearer(ALICE[1]), 200):
+        answer = call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []},
+                      {"Origin": origin, **headers})
+        assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (status, "*")
+        assert "Access-Control-Allow-Credentials" not in answer.headers
 
 
 def test_own_page_may_call(start):
@@ -2006,51 +1882,34 @@ def test_own_page_may_call(start):
     assert call(server, "GET", "/healthz", headers={"Origin": "http://" + host, "Host": host}).status == 200
 
 
-def test_preflight_allows_what_the_sdks_send_without_a_key(start):
-    server, _ = start(api_key=(ALICE,))
+def test_preflight_allows_the_headers_it_asks_for_without_a_key(start):
+    server, _ = start()
+    asked = "authorization,content-type, x-stainless-arch"
     answer = call(server, "OPTIONS", "/v1/chat/completions", headers={
-        "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"})
-    assert answer.status == 200 and answer.headers["Vary"] == "Origin"
-    assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
-    allowed = answer.headers["Access-Control-Allow-Headers"].split(", ")
-    for name in ("authorization", "content-type", "x-api-key", "openai-project", "x-stainless-arch",
-                 "x-stainless-helper-method", "x-stainless-runtime-version", "x-stainless-timeout"):
-        assert name in allowed
+        "Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": asked})
+    assert answer.status == 200 and answer.headers["Access-Control-Allow-Headers"] == asked
     assert answer.headers["Access-Control-Allow-Methods"] == "GET, POST, OPTIONS"
     assert "x-request-id" in answer.headers["Access-Control-Expose-Headers"]
-    refused = call(server, "OPTIONS", "/v1/chat/completions", headers={
-        "Origin": "http://evil.example", "Access-Control-Request-Method": "POST"})
-    assert refused.status == 403 and refused.headers["Access-Control-Allow-Origin"] is None
+    for origin, wished, status in ("http://evil.example", "a", 403), ("http://localhost", "a;b", 400):
+        assert call(server, "OPTIONS", "/", headers={
+            "Origin": origin, "Access-Control-Request-Headers": wished}).status == status
+    server, _ = start(api_key=[ALICE])
+    answer = call(server, "OPTIONS", "/v1/models", headers={"Origin": "https://chat.example"})
+    assert (answer.status, answer.headers["Access-Control-Allow-Origin"]) == (200, "*")
 
 
-def test_refusals_can_be_read_by_an_allowed_page(start):
-    server, _ = start(api_key=(ALICE,))
-    answer = call(server, "GET", "/v1/models", headers={"Origin": "http://localhost:3000"})
-    assert answer.status == 401
-    assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
-
-
-@pytest.mark.parametrize("settings, text", [
-    ({"listen": parse_url("0.0.0.0:0")}, "--insecure"), ({"listen": parse_url("[::]:0")}, "--insecure"),
-    ({"allow_admin": True}, "--allow-admin needs keys"),
-    ({"allow_admin": True, "insecure": True}, "--allow-admin needs keys")])
-def test_unsafe_exposure_is_refused_at_the_start(settings, text):
-    with pytest.raises(ValueError, match=text):
-        ProxyServer(Config(**{"listen": parse_url("127.0.0.1:0"), **settings}))
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
+def test_unsafe_exposure_is_refused_at_the_start(listen):
+    with pytest.raises(ValueError, match="--insecure"):
+        ProxyServer(make_settings("box", listen=parse_url(listen)))
 
 
 @pytest.mark.parametrize("settings", [{"api_key": (ALICE,)}, {"insecure": True}])
 def test_other_addresses_are_served_with_keys_or_by_wish(settings):
-    ProxyServer(Config(listen=parse_url("0.0.0.0:0"), **settings)).server_close()
-
-
-def test_admin_routes_pass_with_the_flag(start):
-    server, fake = start(RECORDED["version"], allow_admin=True, api_key=(ALICE,))
-    for method, path in ("POST", "/api/pull"), ("DELETE", "/api/delete"), ("HEAD", "/api/blobs/sha256:0"):
-        body = None if method == "HEAD" else b'{"x":1}'
-        assert call(server, method, path, body, bearer(ALICE[1])).status == 200
-        line, _, body = fake.requests.get(timeout=DEADLINE)
-        assert line == f"{method} {path} HTTP/1.1" and (body == b'{"x":1}' or method == "HEAD")
+    server = ProxyServer(make_settings("box", listen=parse_url("0.0.0.0:0"), **settings))
+    assert server.url == f"http://127.0.0.1:{server.server_port}"  # an address that works
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -2103,7 +1962,7 @@ def test_odd_heads_cost_no_time_and_no_traceback(start, log):
                      + b"Content-Type: " + odd + b"\r\n\r\n" + BODY)
         assert answer.startswith(b"HTTP/1.1 200 ")
         assert fake.requests.get(timeout=DEADLINE)[1]["Content-Type"].encode() == odd
-    assert "Traceback" not in "".join(log.queue)
+    assert "Traceback" not in "".join(log.queue), "\n".join(log.queue)[-3000:]
 
 
 def test_odd_headers_of_the_upstream_are_its_own_fault(start, log):
@@ -2112,7 +1971,7 @@ def test_odd_headers_of_the_upstream_are_its_own_fault(start, log):
         server, _ = start(b"HTTP/1.1 503 x\r\n" + header + b"\r\n\r\n{}")
         answer = call(server, "GET", "/api/version")
         assert answer.status in (502, 503) and "X" not in answer.headers
-    assert "Traceback" not in "".join(log.queue)
+    assert "Traceback" not in "".join(log.queue), "\n".join(log.queue)[-3000:]
 
 
 def test_upload_is_asked_for_only_when_it_is_welcome(start):
@@ -2150,33 +2009,19 @@ def test_passed_status_without_a_body_leaves_the_connection_in_step(start, statu
     connection.close()
 
 
-def test_bad_key_file_is_read_once_and_not_for_each_request(tmp_path, monkeypatch, log):
-    path = tmp_path / "keys"
-    write_keys(path, "sk-bob-01234567\n")
-    keys = proxy_module.Keys((), str(path))
-    write_keys(path, "short\n")
-    read = []
-    monkeypatch.setattr(proxy_module, "parse_key", lambda line: read.append(line) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        keys.caller("x")
-    assert keys.caller("sk-bob-01234567") == "key-1" and len(read) == 1
-    write_keys(path, "#" * (2 << 20))
-    assert keys.caller("sk-bob-01234567") == "key-1" and "larger than" in log.get(timeout=DEADLINE)
-
-
 def test_key_file_that_could_not_be_opened_for_a_moment_is_tried_again(tmp_path, monkeypatch, log):
     path = tmp_path / "keys"
     write_keys(path, "sk-bob-01234567\n")
-    keys = proxy_module.Keys((), str(path))
+    keys = proxy_module.Keys([], str(path))
     write_keys(path, "sk-alice-0123\n")
 
     def out_of_descriptors(*args, **kwargs):
         raise OSError(24, "Too many open files")
     with monkeypatch.context() as patch:
         patch.setattr(proxy_module, "open", out_of_descriptors, raising=False)
-        assert keys.caller("sk-bob-01234567") == "key-1"  # the old ones stay, and it says so
+        assert keys.owner("sk-bob-01234567") == "key-1"  # the old ones stay, and it says so
         assert "Too many open files" in log.get(timeout=DEADLINE)
-    assert keys.caller("sk-bob-01234567") is None and keys.caller("sk-alice-0123") == "key-1"
+    assert keys.owner("sk-bob-01234567") is None and keys.owner("sk-alice-0123") == "key-1"
 
 
 # ---- Streams hold ------------------------------------------------------------------------------
@@ -2227,9 +2072,9 @@ def looks(request, monkeypatch):
     ("POST", "/v1/chat/completions", [], True, [HEAD, HOLD]),
     ("POST", "/v1/chat/completions", [], True, [SAID, HOLD]),
     ("POST", "/v1/chat/completions", [], False, [HOLD]), ("POST", "/v1/chat/completions", [], False, [SAID, HOLD]),
-    ("POST", "/v1/completions", [], True, [HOLD]), ("GET", "/v1/models", [], True, [HOLD]),
+    ("GET", "/v1/models", [], True, [HOLD]),
     ("POST", "/v1/messages", [], True, [HOLD]), ("POST", "/v1/embeddings", [], False, [HEAD, HOLD]),
-    ("POST", "/api/chat", [], True, [SAID, HOLD]), ("GET", "/readyz", [], True, [HOLD]),
+    ("POST", "/api/chat", [], True, [SAID, HOLD]),
     ("POST", "/api/chat", ["Accept: text/event-stream"], True, [HOLD]),
     ("POST", "/api/chat", ["Accept: text/event-stream"], True, [SAID, HOLD])])
 def test_client_that_goes_away_closes_the_upstream_connection(
@@ -2266,14 +2111,11 @@ def test_client_that_goes_away_while_it_is_written_to_frees_the_thread(start):
 
 def test_pipelined_request_is_no_hang_up_and_is_answered_next(start, looks):
     more = threading.Event()
-    server, fake = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n")
+    server, fake = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n", heartbeat=0.01)
     client = Client(server)
     client.ask()
     client.read_until(b"some")
-    looked = threading.Event()
-    watch = next(iter(server.watchdog._watches))
-    watch.beat = looked.set  # is called if no hang-up was seen
-    assert looked.wait(DEADLINE)
+    client.read_until(b'"delta":{}')  # a heartbeat: the proxy has looked and seen no hang-up
     more.set()
     assert client.read_until(b"[DONE]", 2).count(b"[DONE]") == 2
     client.leave()
@@ -2300,7 +2142,7 @@ def test_thousand_aborts_leave_no_thread_descriptor_or_memory_behind(start, log)
             fake.requests.get(timeout=DEADLINE)
         for client in clients:
             client.leave(rng.choice(["FIN", "RST"]))
-        poll(lambda: not server.connections and not server.watchdog)
+        poll(lambda: not server.connections and not server.observer.active)
         log.queue.clear()
 
     def counts():
@@ -2324,8 +2166,7 @@ def frames_of(seen):
 def test_stream_gets_heartbeats_before_the_first_record_and_says_its_role_once(start):
     more = threading.Event()
     server, _ = start(more, SAID, chunk(FINAL) + b"0\r\n\r\n", heartbeat=0.01)
-    server.watchdog.tick = 0.01
-    client = Client(server, n=2)
+    client = Client(server)
     seen = client.read_until(b'"delta":{}', 3)
     more.set()
     frames = frames_of(seen + client.read_until(b"[DONE]"))
@@ -2337,26 +2178,11 @@ def test_stream_gets_heartbeats_before_the_first_record_and_says_its_role_once(s
     client.leave()
 
 
-def test_second_choice_gets_heartbeats_of_its_own(start):
-    more = threading.Event()
-    server, _ = start(answers=[[RECORDED["length"]], [more, RECORDED["length"]]], heartbeat=0.01)
-    server.watchdog.tick = 0.01
-    client = Client(server, n=2)
-    seen = client.read_until(b'{"index":1,"delta":{},')
-    more.set()
-    frames = frames_of(seen + client.read_until(b"[DONE]"))
-    second = [f["choices"][0] for f in frames if f["choices"][0]["index"] == 1]
-    assert second[0]["delta"] == {"role": "assistant", "content": ""} and second[1]["delta"] == {}
-    assert [c["index"] for f in frames for c in f["choices"] if c["finish_reason"]] == [0, 1]
-    client.leave()
-
-
 @pytest.mark.parametrize("path, headers, beat", [
-    ("/v1/completions", [], b'"text":"",'), ("/api/chat", ["Accept: text/event-stream"], b": heartbeat\n\n")])
+    ("/api/chat", ["Accept: text/event-stream"], b": heartbeat\n\n")])
 def test_other_streams_get_heartbeats_in_their_own_form(start, path, headers, beat):
     more = threading.Event()
     server, _ = start(HEAD, more, heartbeat=0.01)
-    server.watchdog.tick = 0.01
     client = Client(server, path, headers=headers, prompt="x")
     assert beat in client.read_until(beat)
     more.set()
@@ -2372,7 +2198,6 @@ def test_failure_keeps_its_status_before_a_heartbeat_and_is_a_frame_after_it(sta
     server, fake = start(more, RECORDED["missing"], heartbeat=0.01)
     client = Client(server, path, headers=headers)
     fake.requests.get(timeout=DEADLINE)
-    server.watchdog.tick = 0.01
     seen = client.read_until(b"\n\n")
     more.set()
     seen += client.read_until(b"\r\n0\r\n\r\n")
@@ -2385,10 +2210,9 @@ def test_failure_keeps_its_status_before_a_heartbeat_and_is_a_frame_after_it(sta
 
 def test_heartbeat_of_0_sends_none(start, monkeypatch):
     looked, more = threading.Semaphore(0), threading.Event()
-    beat = proxy_module.EventStream.beat
-    monkeypatch.setattr(proxy_module.EventStream, "beat", lambda self: (beat(self), looked.release()))
+    silence = proxy_module.Reply.silence
+    monkeypatch.setattr(proxy_module.Reply, "silence", lambda self: (silence(self), looked.release()))
     server, _ = start(more, RECORDED["length"], heartbeat=0)
-    server.watchdog.tick = 0.001
     client = Client(server)
     for _ in range(20):
         assert looked.acquire(timeout=DEADLINE)
@@ -2396,22 +2220,6 @@ def test_heartbeat_of_0_sends_none(start, monkeypatch):
     seen = client.read_until(b"[DONE]")
     assert seen.count(b'"delta":{}') == 1
     client.leave()
-
-
-def test_heartbeat_does_not_wait_for_a_client_that_does_not_read(start):
-    server, _ = start(HEAD, chunk(says("x" * 1000)) * 20_000, HOLD, heartbeat=0.001)
-    server.watchdog.tick = 0.001
-    client = Client(server)
-    client.read_until(b"xxx")
-    other, fake = Client(server), FakeOllama(HOLD)
-    server.upstream.url = parse_url(fake.url)
-    third = Client(server)
-    fake.requests.get(timeout=DEADLINE)
-    third.leave()
-    assert fake.left.wait(DEADLINE)  # so the watchdog is still at work
-    for client in client, other:
-        client.leave()
-    fake.close()
 
 
 def drip(client, data):
@@ -2429,7 +2237,7 @@ def drip(client, data):
 
 
 def test_head_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
-    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.2)
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 0.2)
     server, _ = start()
     client = Client(server, path=None)
     client.socket.sendall(POST)
@@ -2439,7 +2247,7 @@ def test_head_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
 
 
 def test_body_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
-    monkeypatch.setattr(proxy_module.ProxyHandler, "body_timeout", 0.2)
+    monkeypatch.setattr(proxy_module, "BODY_SECONDS", 0.2)
     server, _ = start()
     client = Client(server, path=None)
     client.socket.sendall(POST + HOST + b"Content-Length: 10000\r\n\r\n")
@@ -2449,7 +2257,7 @@ def test_body_that_drips_is_a_408_when_its_time_is_up(start, monkeypatch):
 
 @pytest.mark.parametrize("sent", [b"", b"POST /v1/chat"])
 def test_connection_that_idles_is_closed(start, monkeypatch, sent):
-    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.1)
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 0.1)
     server, _ = start(RECORDED["length"])
     client = Client(server)
     assert client.read_until(b"\r\n0\r\n\r\n").endswith(b"\r\n0\r\n\r\n")
@@ -2460,7 +2268,7 @@ def test_connection_that_idles_is_closed(start, monkeypatch, sent):
 
 
 def test_client_that_does_not_read_is_cut_and_pushes_back_meanwhile(start, monkeypatch, log):
-    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.3)
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 0.3)
     endless = Endless(chunk(says("x" * 10_000)))
     server, fake = start(HEAD, endless, size=1, log="json")
     client = Client(server)
@@ -2471,13 +2279,14 @@ def test_client_that_does_not_read_is_cut_and_pushes_back_meanwhile(start, monke
 
 
 def test_slow_reader_that_goes_on_reading_is_not_cut(start, monkeypatch):
-    monkeypatch.setattr(proxy_module.ProxyHandler, "timeout", 0.5)
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 1.0)
     server, _ = start(HEAD + chunk(says("x" * 3_000_000)) + chunk(FINAL) + b"0\r\n\r\n")
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # connections inherit it
     client = Client(server, path=None)
     client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
     client.ask("/api/chat", headers=["Accept: text/event-stream"])
     begun, seen = time.monotonic(), 0
-    while time.monotonic() < begun + 1.2:  # longer than a limit for the whole frame
+    while time.monotonic() < begun + 2:  # longer than a limit for the whole frame
         threading.Event().wait(0.02)
         seen += len(client.socket.recv(4096))
     assert seen < 3_000_000 and b"data: [DONE]" in client.read_until(b"[DONE]")
@@ -2513,21 +2322,12 @@ def test_one_connection_too_many_is_a_503_at_once_and_health_still_answers(start
 
 def test_far_too_many_connections_are_closed_without_a_thread(start):
     server, _ = start()
-    server.connection_limit = 0
+    server.settings.max_connections = -proxy_module.MAX_EXTRA
     threads = threading.active_count()
     client = Client(server, path=None)
     with contextlib.suppress(ConnectionResetError):
         assert client.socket.recv(1) == b""
     assert threading.active_count() <= threads
-    client.leave()
-
-
-def test_body_above_the_limit_is_a_413_before_it_is_read(start):
-    server, _ = start(max_body=100)
-    client = Client(server, path=None)
-    client.socket.sendall(POST + HOST + b"Content-Length: 101\r\n\r\n")
-    answer = client.read_until(b"}}")
-    assert answer.startswith(b"HTTP/1.1 413 ") and b"--max-body" in answer
     client.leave()
 
 
@@ -2560,8 +2360,9 @@ def test_drain_lets_a_stream_end_and_refuses_new_requests(start):
     idle.leave()
 
 
-def test_drain_says_an_error_to_what_is_left_when_time_is_up(start):
-    server, fake = start(SAID, HOLD, drain_timeout=0.1)
+def test_drain_says_an_error_to_what_is_left_when_time_is_up(start, monkeypatch):
+    monkeypatch.setattr(proxy_module, "DRAIN_SECONDS", 0.1)
+    server, fake = start(SAID, HOLD)
     streaming, whole = Client(server), Client(server, stream=False)
     for _ in range(2):
         fake.requests.get(timeout=DEADLINE)
@@ -2574,72 +2375,6 @@ def test_drain_says_an_error_to_what_is_left_when_time_is_up(start):
     assert results == [False] and fake.left.wait(DEADLINE)
     streaming.leave()
     whole.leave()
-
-
-def test_server_without_threads_to_spare_serves_on_and_accepts_again(start, log, monkeypatch):
-    more, begin = threading.Event(), threading.Thread.start
-    server, _ = start(SAID, more, chunk(FINAL) + b"0\r\n\r\n")
-    monkeypatch.setattr(proxy_module, "PAUSE_SECONDS", 0.01)
-    streaming = Client(server)
-    streaming.read_until(b"some")
-
-    def fail(thread):
-        if "process_request" in repr(thread._target):
-            raise RuntimeError("can't start new thread")
-        begin(thread)
-    monkeypatch.setattr(threading.Thread, "start", fail)
-    refused = Client(server)
-    with contextlib.suppress(ConnectionResetError):
-        assert refused.read_until(b"never") == b""
-    assert log.get(timeout=DEADLINE) == "warning: no new connections for a moment: can't start new thread"
-    monkeypatch.setattr(threading.Thread, "start", begin)
-    more.set()
-    assert b"[DONE]" in streaming.read_until(b"[DONE]")
-    assert chat(server).text() == "some" and "Traceback" not in "".join(log.queue)
-    for client in streaming, refused:
-        client.leave()
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
-def test_server_without_descriptors_to_spare_serves_on_and_accepts_again():
-    program = f"ulimit -n 40 && exec {sys.executable} {PROGRAM} --demo --listen 127.0.0.1:0"
-    process = subprocess.Popen(["sh", "-c", program], stderr=subprocess.PIPE, universal_newlines=True)
-    try:
-        port = int(re.search(r":(\d+) ", process.stderr.readline())[1])
-        process.stderr.readline()
-        fake = FakeOllama()
-        fake.server_port = port
-        first = Client(fake, path=None)
-        idle = [Client(fake, path=None) for _ in range(60)]
-        line = process.stderr.readline()
-        assert line.startswith("warning: no new connections for a moment: ") and "oo many open" in line
-        for client in idle[20:]:
-            client.leave()
-        for client in idle[:20]:
-            client.leave()
-        first.ask("/v1/models", "GET")
-        assert first.read_until(b"demo-error").startswith(b"HTTP/1.1 200 ")
-        assert call(fake, "GET", "/v1/models").status == 200
-        first.leave()
-        fake.close()
-    finally:
-        process.kill()
-        process.wait(DEADLINE)
-        process.stderr.close()
-
-
-@pytest.mark.skipif(not hasattr(socket, "SO_REUSEPORT"), reason="no SO_REUSEPORT here")
-def test_processes_with_reuse_port_share_a_port(start):
-    first, _ = start(reuse_port=True)
-    config = first.config._replace(listen=parse_url(first.url))
-    second = ProxyServer(config)
-    assert second.server_port == first.server_port
-    first.drain()
-    thread = threading.Thread(target=second.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    assert call(second, "GET", "/healthz").status == 200
-    assert second.drain()
-    thread.join(DEADLINE)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are something else there")
@@ -2686,39 +2421,11 @@ def test_client_that_leaves_within_a_refusal_leaves_no_descriptor_behind(start, 
             fake.requests.get(timeout=DEADLINE)
         for client in clients:
             client.leave()
-        poll(lambda: not server.connections and not server.watchdog)
+        poll(lambda: not server.connections and not server.observer.active)
     leave(1)
     before = descriptors()
     leave(40)
     poll(lambda: descriptors() <= before + 5)
-
-
-@pytest.mark.parametrize("reason", [ProxyError(503, "stopped"), ConnectionAbortedError()])
-@pytest.mark.parametrize("when", ["before", "as the head comes"])
-def test_request_that_is_ended_at_any_moment_leaves_no_descriptor_behind(
-        start, monkeypatch, uncollected, reason, when):
-    server, _ = start(HEAD, HOLD)
-    if when == "as the head comes":
-        answer = proxy_module.UpstreamAnswer
-        monkeypatch.setattr(proxy_module, "UpstreamAnswer", lambda upstream, watch, *rest: (
-            watch.end(reason), answer(upstream, watch, *rest))[1])
-    before = descriptors()
-    for _ in range(20):
-        watch = proxy_module.Watch()
-        if when == "before":
-            watch.end(reason)
-        with pytest.raises(type(reason)):
-            server.upstream.request(watch, "POST", "/api/chat", b"{}")
-    poll(lambda: descriptors() <= before + 5)
-
-
-def test_end_of_a_tls_connection_is_said(start, certificate):
-    server, _ = start(RECORDED["length"], tls_cert=certificate[0], tls_key=certificate[1])
-    context = ssl.create_default_context(cafile=certificate[0])
-    with socket.create_connection(("127.0.0.1", server.server_port), DEADLINE) as plain:
-        with context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as client:
-            client.sendall(b"POST /v1/chat/completions HTTP/1.0\r\nContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY))
-            assert b"".join(iter(lambda: client.recv(65536), b"")).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/api/chat"])
@@ -2732,50 +2439,22 @@ def test_heartbeats_come_with_the_trace_of_a_long_request_too(start):
     more = threading.Event()
     server, _ = start(more, RECORDED["length"], heartbeat=0.01)
     client = Client(server, "/v1/chat/completions?trace=1", messages=[{"role": "user", "content": "x" * 9000}])
-    assert b'"role":"assistant"' in client.read_until(b'"delta":{}')
+    seen = client.read_until(b'"delta":{}')
+    assert b": POST /api/chat {" in seen and b'"role":"assistant"' in seen
     more.set()
-    assert b": POST /api/chat {" in client.read_until(b"[DONE]")
+    assert b": POST" not in client.read_until(b"[DONE]")
     client.leave()
 
 
-def test_client_that_goes_away_in_the_upstreams_handshake_closes_its_connection(start):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server, _ = start(upstream="https://127.0.0.1:%d" % listener.getsockname()[1])
-        client = Client(server)
-        upstream, _ = listener.accept()
-        upstream.settimeout(DEADLINE / 2)  # well below the time limit of the handshake
-        assert upstream.recv(1)
-        client.leave()
-        with upstream, contextlib.suppress(ConnectionResetError):
-            assert not b"".join(iter(lambda: upstream.recv(65536), b""))[65536:]
-
-
-def test_upstream_under_tls_is_spoken_to_if_its_certificate_is_good(start, certificate, monkeypatch):
-    class TlsDemo(DemoOllama):
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    TlsDemo.tls.load_cert_chain(*certificate)
-    url = TlsDemo(pace=0).url
+def test_upstream_under_tls_is_spoken_to_if_its_certificate_is_good(start, log, certificate, monkeypatch):
+    upstream, _ = start(RECORDED["hello"], tls_cert=certificate[0], tls_key=certificate[1])
+    url = upstream.url
     server, _ = start(upstream=url)
-    assert "CERTIFICATE_VERIFY_FAILED" in assert_failed(chat(server), 502, "upstream_unreachable")["message"]
+    assert_failed(chat(server), 502, "upstream_unreachable")
+    poll(lambda: any("CERTIFICATE_VERIFY_FAILED" in line for line in log.queue))
     monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
     server, _ = start(upstream=url)
-    assert chat(server, model="demo-text").text() == chat(server, False, model="demo-text").text() != ""
-
-
-def test_second_signal_still_says_an_error_to_what_is_left(start):
-    server, _ = start(SAID, HOLD)
-    client = Client(server)
-    client.read_until(b"some")
-    assert not server.drain(lambda: True) and not server.watchdog
-    assert b'"code":"proxy_stopped"' in client.read_until(b"\r\n0\r\n\r\n")
-    client.leave()
-
-
-@pytest.mark.parametrize("garbage", [b"zzz\r\n", b"-5\r\nabc\r\n", b"2_0\r\n"])
-def test_garbage_behind_a_good_chunk_is_told_at_once(start, garbage):
-    server, _ = start(SAID + garbage, HOLD)
-    answer = chat(server)
-    assert answer.deltas() == "some" and assert_failed(answer, code="upstream_protocol")
+    assert chat(server).text() == chat(server, False).text() == HELLO
 
 
 # ---- Shape -------------------------------------------------------------------------------------
@@ -2792,13 +2471,9 @@ def test_alias_goes_up_as_its_model_and_answers_under_its_own_name(start):
     for path in "/api/chat", "/api/show", "/v1/embeddings", "/v1/responses", "/v1/messages":
         call(server, "POST", path, {"model": "gpt-4o"})
         assert sent(fake)["model"] == "hello", path
-    fake.steps = [RECORDED["tags"]]
-    models = {m["id"]: m for m in call(server, "GET", "/v1/models").json()["data"]}
-    assert models["gpt-4o"]["context_length"] == 4096 and "hello:latest" in models
-    fake.steps = [RECORDED["show_missing"]]
-    fake.requests.queue.clear()
-    call(server, "GET", "/v1/models/gpt-4o")
-    assert sent(fake) == {"model": "hello"}
+    fake.steps = [model_list("hello:latest")]
+    assert [m["id"] for m in call(server, "GET", "/v1/models").json()["data"]] == ["hello:latest", "gpt-4o"]
+    assert call(server, "GET", "/v1/models/gpt-4o").json()["id"] == "gpt-4o"
 
 
 def test_defaults_fill_what_the_request_leaves_open(start):
@@ -2910,15 +2585,6 @@ def test_client_that_leaves_after_done_is_a_normal_end_and_before_it_a_hang_up(s
         assert records(log, 1)[0]["end"] == end
 
 
-def test_client_that_leaves_between_done_and_the_last_chunk_is_a_normal_end(start, log, monkeypatch):
-    def gone(self):
-        raise BrokenPipeError
-    monkeypatch.setattr(proxy_module.ProxyHandler, "finish_body", gone)
-    server, _ = start(RECORDED["hello"], log="json")
-    assert chat(server).cut
-    assert records(log, 1)[0]["end"] == "done"
-
-
 def test_text_log_is_one_line_without_control_characters(start, log):
     server, _ = start(RECORDED["missing"])
     chat(server, model="a\x1b[2J\nb\u2028", stream=False)
@@ -2965,18 +2631,8 @@ def test_metrics_cannot_be_grown_by_inventing_models_and_paths(start):
         call(server, "POST", f"/api/experimental/invented-{i}")
         call(server, f"BREW{i}", "/healthz")
     assert "invented" not in str(metrics(server)) and "BREW" not in str(metrics(server))
-    m = proxy_module.Metrics()
-    assert [m.model(f"m{i}") for i in range(102)][-3:] == ["m99", "other", "other"]
-
-
-def test_ready_only_while_ollama_answers(start):
-    server, _ = start(RECORDED["version"])
-    answer = call(server, "GET", "/readyz")
-    assert (answer.status, answer.json()) == (200, {"ready": True, "ollama": "0.0.0"})
-    server, _ = start(upstream="http://127.0.0.1:1")
-    answer = call(server, "GET", "/readyz")
-    assert answer.status == 503 and answer.json()["error"]["code"] == "upstream_unreachable"
-    assert call(server, "GET", "/healthz").body == b"ok\n"
+    observer = proxy_module.Observer("text", None)
+    assert [observer._model_label(f"m{i}") for i in range(102)][-3:] == ["m99", "other", "other"]
 
 
 # ---- Hooks -------------------------------------------------------------------------------------
@@ -2993,7 +2649,7 @@ def hooks(tmp_path):
 
 
 def test_authenticate_hook_names_the_caller_or_refuses(start, hooks, log):
-    server, _ = start(RECORDED["tags"], log="json", hooks=hooks("""
+    server, _ = start(model_list("m"), log="json", hooks=hooks("""
 def authenticate(headers):
     if headers.get("X-Token") != "let me in":
         raise PermissionError("no token")
@@ -3039,28 +2695,26 @@ def test_hook_that_breaks_fails_closed_and_is_logged(start, hooks, log, source):
 
 
 def test_hook_file_without_a_hook_is_refused_at_the_start(start, hooks):
-    with pytest.raises(ValueError, match="neither authenticate"):
+    with pytest.raises(ValueError, match="none of authenticate"):
         start(hooks=hooks("def shpe(route, body, caller): return body"))
 
 
-def test_shape_hook_sees_admin_bodies_and_may_refuse_audio(start, hooks):
-    server, fake = start(RECORDED["version"], allow_admin=True, api_key=(ALICE,), hooks=hooks("""
+def test_shape_hook_may_refuse_audio_although_it_sees_no_body(start, hooks):
+    server, fake = start(RECORDED["version"], hooks=hooks("""
 from ndjson_sse_proxy import ProxyError
 
 def shape(route, body, caller):
     if body.get("model") != "mine":
         raise ProxyError(403, "not yours")
 """))
-    for method, path in ("DELETE", "/api/delete"), ("POST", "/api/pull"), ("POST", "/v1/audio/transcriptions"):
-        assert call(server, method, path, b'{"model":"other"}', bearer(ALICE[1])).status == 403
+    assert call(server, "POST", "/v1/audio/transcriptions", b"RIFF").status == 403
     assert fake.requests.empty()
-    assert call(server, "DELETE", "/api/delete", b'{"model":"mine"}', bearer(ALICE[1])).status == 200
 
 
 def test_key_file_may_have_windows_line_ends_and_mark_and_names_the_line_of_a_mistake(start, tmp_path):
     path = tmp_path / "keys"
     path.write_bytes(b"\xef\xbb\xbf    # who is who\r\n    alice:sk-alice-0123\r\n\r\n")
-    server, _ = start(RECORDED["tags"], api_key_file=str(path))
+    server, _ = start(model_list("m"), api_key_file=str(path))
     assert call(server, "GET", "/v1/models", headers=bearer("sk-alice-0123")).status == 200
     path.write_text("sk-bob-01234567\nalice: sk-alice-0123\n")
     with pytest.raises(ValueError, match="line 2"):
@@ -3076,44 +2730,475 @@ def observe(record):
 """))
     assert chat(server).events()[-1] == "[DONE]"
     assert chat(server).events()[-1] == "[DONE]"
-    said = [log.get(timeout=DEADLINE) for _ in range(4)]  # each time a record and a traceback
-    assert sum("ZeroDivisionError" in text for text in said) == 2
+    poll(lambda: sum("ZeroDivisionError" in text for text in log.queue) >= 2)
     assert (tmp_path / "seen").read_text() == "m 27\nm 27\n"
 
 
-def readme_hook(name):
-    """The source of a hook in README."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    return re.search(rf"```python\n# hook: {name}\n(.*?)```", readme, re.DOTALL)[1]
+# ---- Faults ------------------------------------------------------------------------------------
+# (1) the key file
 
 
-def test_readme_hook_limits_models_and_requests(start, hooks):
-    source = readme_hook("limits").replace("PER_MINUTE = 30", "PER_MINUTE = 2")
-    server, _ = start(RECORDED["hello"], api_key=(ALICE, BOB), hooks=hooks(source))
+def test_slower_reader_of_the_key_file_cannot_bring_an_older_version_back(tmp_path, monkeypatch, log):
+    path, parse = tmp_path / "keys", proxy_module.parse_key
+    write_keys(path, "sk-alice-0123\n")
+    keys, reading, go_on = proxy_module.Keys([], str(path)), threading.Event(), threading.Event()
 
-    def status(model, path="/v1/chat/completions", key=ALICE[1]):
-        return call(server, "POST", path, {"model": model, "messages": []}, bearer(key)).status
-    assert status("other") == 403 and status("demo-text", key=BOB[1]) == 403
-    assert [status("demo-text"), status("demo-think", "/api/chat"), status("demo-text")] == [200, 200, 429]
+    def parse_slowly(line):
+        if threading.current_thread() is slow:
+            reading.set()
+            go_on.wait(DEADLINE)
+        return parse(line)
+    monkeypatch.setattr(proxy_module, "parse_key", parse_slowly)
+    slow = threading.Thread(target=keys.owner, args=["sk-alice-0123"], daemon=True)
+    fast = threading.Thread(target=keys.owner, args=["sk-alice-0123"], daemon=True)
+    write_keys(path, "sk-alice-0123\nsk-carol-0123\n")
+    slow.start()
+    assert reading.wait(DEADLINE)
+    write_keys(path, "sk-bob-01234567\n")  # revokes the key while the slow one has just read it
+    fast.start()
+    fast.join(0.2)  # it may wait for the slow one, or overtake it
+    go_on.set()
+    slow.join(DEADLINE)
+    fast.join(DEADLINE)
+    assert keys.owner("sk-alice-0123") is None and keys.owner("sk-bob-01234567") == "key-1"
 
 
-def test_readme_hook_puts_a_system_line_first(start, hooks):
-    server, fake = start(RECORDED["hello"], hooks=hooks(readme_hook("system line")))
-    for path in "/v1/chat/completions", "/api/chat":
-        call(server, "POST", path, {"model": "m", "messages": [{"role": "user", "content": "x"}]})
-        assert [m["role"] for m in sent(fake)["messages"]] == ["system", "user"]
+def test_empty_key_file_lets_nobody_in_unless_it_is_young_and_so_being_written(tmp_path, log):
+    path = tmp_path / "keys"
+    write_keys(path, "sk-bob-01234567\n")
+    keys = proxy_module.Keys([], str(path))
+    path.write_text("")
+    assert keys.owner("sk-bob-01234567") == "key-1" and keys.owner("sk-bob-01234567") == "key-1"
+    assert ["still being written" in line for line in log.queue] == [True]
+    os.utime(str(path), (time.time() - 3,) * 2)
+    assert keys.owner("sk-bob-01234567") is None
 
 
-def test_readme_hook_writes_usage_to_sqlite(start, hooks, tmp_path, monkeypatch, log):
-    monkeypatch.chdir(tmp_path)
-    server, _ = start(RECORDED["hello"], api_key=(ALICE,), log="json", hooks=hooks(readme_hook("usage")))
-    call(server, "POST", "/v1/chat/completions", {"model": "m", "messages": []}, bearer(ALICE[1]))
-    rows, end = [], time.monotonic() + DEADLINE
-    while not rows and time.monotonic() < end:
-        with contextlib.suppress(sqlite3.OperationalError):  # the hook runs after the answer
-            with contextlib.closing(sqlite3.connect("usage.db")) as db:
-                rows = db.execute("select caller, model, prompt, completion from usage").fetchall()
-    assert rows == [("alice", "m", 9, 27)] and "Traceback" not in "\n".join(log.queue)
+def test_young_key_file_is_read_again_although_its_size_and_times_are_the_same(tmp_path, monkeypatch):
+    path, same = tmp_path / "keys", os.stat(str(tmp_path))
+    path.write_text("sk-alice-0123\n")
+    monkeypatch.setattr(proxy_module.os, "stat", lambda _: mock.Mock(
+        st_mode=0o100600, st_size=14, st_ino=1, st_ctime_ns=1, st_mtime_ns=1, st_mtime=same.st_mtime))
+    monkeypatch.setattr(proxy_module.time, "time", lambda: same.st_mtime + 1)
+    keys = proxy_module.Keys([], str(path))
+    path.write_text("sk-carol-0123\n")
+    assert keys.owner("sk-alice-0123") is None and keys.owner("sk-carol-0123") == "key-1"
+
+
+@pytest.mark.parametrize("kind", ["old and empty", "young and empty", "comment", "FIFO", "directory"])
+def test_key_file_without_keys_is_a_mistake_at_the_start(tmp_path, kind):
+    path = tmp_path / "keys"
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "FIFO":
+        os.mkfifo(str(path))
+    else:
+        path.write_text("# none yet\n" if kind == "comment" else "")
+        os.utime(str(path), (time.time() - 9 * (kind[0] == "o"),) * 2)
+    with running("--demo", "--listen", "127.0.0.1:0", "--api-key-file", str(path)) as process:
+        output = process.stderr.read()
+        assert process.wait(DEADLINE) == 2
+    assert len(output.splitlines()) == 1 and str(path) in output
+
+
+def test_key_that_is_given_twice_hides_no_key_in_the_file(tmp_path):
+    write_keys(tmp_path / "keys", "alice:sk-alice-0123\n")
+    assert proxy_module.Keys([ALICE], str(tmp_path / "keys")).owner(ALICE[1]) == "alice"
+    assert proxy_module.Keys([BOB, BOB], str(tmp_path / "keys")).owner(ALICE[1]) == "alice"
+
+
+# (2) chunked request bodies
+
+CODED = b"Transfer-Encoding: chunked\r\n"
+NEXT = b"GET /healthz HTTP/1.1\r\n" + HOST + b"\r\n"
+END = b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+@pytest.mark.parametrize("form", [b"%x\r\n%b\r\n", b"%X\r\n%b\r\n", b"%08x\r\n%b\r\n"])
+def test_body_in_chunks_is_read_and_the_next_request_is_answered(start, form, size):
+    server, fake = start(RECORDED["length"])
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "é🙂" * 50}]},
+                      ensure_ascii=False).encode()
+    chunks = [form % (len(body[i:i + size]), body[i:i + size]) for i in range(0, len(body), size)]
+    client = Client(server, path=None)
+    client.socket.sendall(POST + HOST + CODED + b"\r\n")
+    for piece in chunks + [END]:
+        client.socket.sendall(piece)
+    client.socket.sendall(NEXT)
+    answer = client.read_until(b"ok\n")
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1 200 ") == 2
+    assert sent(fake)["messages"] == json.loads(body)["messages"]
+    client.leave()
+
+
+@pytest.mark.parametrize("head, body, status", [
+    *[(CODED, body, 400) for body in (
+        b"2;x=y\r\n{}\r\n" + END, b"2\r\n{}\r\n0\r\nX: y\r\n\r\n", b"+2\r\n{}\r\n" + END,
+        b"-2\r\n{}\r\n" + END, b"0x2\r\n{}\r\n" + END, b"0_2\r\n{}\r\n" + END,
+        b"000000002\r\n{}\r\n" + END, b"2\r\n{}0\r\n\r\n", b"2\r\n{}\n0\r\n\r\n", b" 2\r\n{}\r\n" + END,
+        b"2 \r\n{}\r\n" + END, b"2\t\r\n{}\r\n" + END, b"2\n{}\n0\n\n", b"\r\n{}\r\n" + END,
+        b"g\r\n", b"\xef\xbc\x92\r\n{}\r\n" + END, b"1\r\n{}\r\n" + END, b"2\r\n{}\r\n0\n\n",
+        b"2\r\n{}\r\n0;\r\n\r\n", b"2\r{}\r0\r\r")],
+    (CODED * 2, chunk(b"{}") + END, 400), (CODED + LENGTH, chunk(b"{}") + END, 400),
+    *[(b"Transfer-Encoding: %b\r\n" % coding, chunk(b"{}") + END, 400) for coding in (
+        b"gzip, chunked", b"chunked, chunked", b"identity", b"xchunked", b"chunked;q=1", b"", b"\x0bchunked")],
+    (b"Transfer-Encoding : chunked\r\n", chunk(b"{}") + END, 400), (b"", b"{}", 411),
+    (CODED, b"65\r\n" + b"x" * 0x65 + b"\r\n" + END, 413), (CODED, b"FFFFFFFF\r\n", 413),
+    (CODED, chunk(b"x" * 60) * 2 + END, 413), (b"Content-Length: 101\r\n", b"x" * 101, 413)])
+def test_body_in_malformed_chunks_is_refused_and_what_follows_is_no_request(
+        start, monkeypatch, head, body, status):
+    monkeypatch.setattr(proxy_module, "MAX_BODY_BYTES", 100)
+    server, fake = start()
+    answer = raw(server, POST + HOST + head + b"\r\n" + body + NEXT)
+    assert answer.startswith(b"HTTP/1.1 %d " % status) and answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in answer and b'{"error":{' in answer and fake.requests.empty()
+    answer = raw(server, POST.replace(b"1.1", b"1.0") + HOST + CODED + b"\r\n" + chunk(b"{}") + END + NEXT)
+    assert answer.startswith(b"HTTP/1.1 400 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"2", b"2\r\n", b"2\r\n{", b"2\r\n{}\r\n", b"2\r\n{}\r\n0\r\n"])
+def test_body_in_chunks_that_stops_early_is_never_used(start, body):
+    server, fake = start(RECORDED["length"])
+    answer = raw(server, b"POST /api/show HTTP/1.1\r\n" + HOST + CODED + b"\r\n" + body)
+    assert answer[:13] in (b"", b"HTTP/1.1 400 ") and fake.requests.empty()
+
+
+@pytest.mark.parametrize("body", [b"1\r\nx\r\n" * 2000, b"ffff\r\n" + b"x" * 9999])
+def test_body_in_chunks_that_drip_is_a_408_when_its_time_is_up(start, monkeypatch, body):
+    monkeypatch.setattr(proxy_module, "BODY_SECONDS", 0.2)
+    server, _ = start()
+    client = Client(server, path=None)
+    client.socket.sendall(POST + HOST + CODED + b"\r\n")
+    assert drip(client, body).startswith(b"HTTP/1.1 408 ")
+    client.leave()
+
+
+def test_deadline_holds_although_bytes_are_there_each_time_it_looks():
+    here, there = socket.socketpair()
+    with here, there:
+        there.sendall(b"x")
+        with pytest.raises(ProxyError, match="in time"):
+            proxy_module.DeadlineReader(here).read(1)  # its deadline has long passed
+
+
+@pytest.mark.parametrize("head, body", [(LENGTH, BODY), (CODED, chunk(BODY) + END)])
+def test_client_that_waits_with_its_body_is_told_to_go_on(start, head, body):
+    server, _ = start(RECORDED["length"])
+    client = Client(server, path=None)
+    client.socket.sendall(POST + HOST + head + b"Expect: 100-continue\r\n\r\n")
+    assert client.read_until(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.socket.sendall(body)
+    assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    client.leave()
+    refused = raw(server, b"POST /v1/x HTTP/1.1\r\n" + HOST + head + b"Expect: 100-continue\r\n\r\n")
+    assert refused.startswith(b"HTTP/1.1 404 ")
+
+
+# (3) errors in hooks, (6) forged log lines
+
+
+@pytest.mark.parametrize("hook", ["authenticate(headers)", "shape(route, body, caller)"])
+@pytest.mark.parametrize("raised", [
+    "ProxyError(429, 'x', headers={'Retry-After': '1'})", "ProxyError(429, 'x', headers=['Retry-After: 1'])",
+    "ProxyError(429, 'x', headers=[('X', '\u20ac')])", "ProxyError(429, 'x', headers=[('X', float('nan'))])",
+    "ProxyError(429, 'x', headers=[('X', 'a\\r\\nY: b')])", "ProxyError(429, 'x', headers=[('X:', 'a')])",
+    "ProxyError(429, 'x', headers=5)", "ProxyError(99, 'x')", "ProxyError(200, 'x')", "ProxyError(True, 'x')",
+    "ProxyError('429', 'x')", "ProxyError(float('nan'), 'x')", "ProxyError(429, float('nan'))",
+    "ProxyError(429, 'x', code=float('nan'))", "ProxyError(429, 'x', param={1})", "ProxyError()", "Late()",
+    "Empty()", "SystemExit(3)", "KeyboardInterrupt()", "GeneratorExit()", "StopIteration()",
+    "socket.timeout('x')", "ConnectionResetError('x')", "BrokenPipeError(32, 'x')", "MemoryError()"])
+def test_hook_that_raises_what_cannot_be_sent_is_a_500_that_is_logged_and_counted(
+        start, hooks, log, hook, raised):
+    server, fake = start(RECORDED["hello"], log="json", hooks=hooks(f"""
+import socket
+from ndjson_sse_proxy import ProxyError
+
+class Empty(ProxyError):
+    def __init__(self): pass
+
+def Late():
+    error = ProxyError(429, "x")
+    error.headers = [("X", "\u20ac")]
+    return error
+
+def {hook}:
+    raise {raised}
+""".encode("ascii", "backslashreplace").decode()))
+    answer = raw(server, POST + HOST + LENGTH + b"\r\n" + BODY)
+    assert answer.startswith(b"HTTP/1.1 500 ") and b'"type":"server_error"' in answer and fake.requests.empty()
+    lines = [log.get(timeout=DEADLINE)]
+    while lines[-1][:1] != "{":
+        lines.append(log.get(timeout=DEADLINE))
+    assert "Traceback" in "".join(lines) and json.loads(lines[-1])["end"] == "error"
+    poll(lambda: not server.observer.active)
+    assert 'route="/v1/chat/completions",status="500"} 1' in server.observer.metrics()
+
+
+def test_traceback_cannot_forge_a_line_of_the_log(start, hooks, log):
+    forged = "2026-11-25T00:00:00Z status=200 end=done"
+    server, _ = start(log="json", hooks=hooks(
+        "def authenticate(headers): raise ValueError(bytes.fromhex(headers['X']).decode())"))
+    text = "".join(end + forged for end in ("\n", "\r", "\r\n", "\x85", "\u2028", "\x0b", "\x1b[2J"))
+    assert call(server, "GET", "/v1/models", headers={"X": text.encode().hex()}).status == 500
+    poll(lambda: any(line[0] == "{" for line in log.queue))
+    lines = [line for line in log.queue if line[0] != "{"]
+    assert sum(forged in line for line in lines) > 3
+    assert all(line.startswith("    ") and line.isascii() and line.isprintable() for line in lines)
+
+
+# (4) unread stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are something else there")
+def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end():
+    fake = FakeOllama(RECORDED["missing"])
+    with running("--listen", "127.0.0.1:0", OLLAMA_HOST=fake.url) as process:
+        port = int(re.search(r":(\d+) ", process.stderr.readline())[1])
+        server = mock.Mock(server_port=port)
+        fields = {f"{i:02d}" + "x" * 90: 1 for i in range(20)}  # a line of the log names them all
+        for _ in range(150):  # 285 KB
+            assert chat(server, **fields).status == 404
+        fake.steps = [SAID, HOLD]
+        client = Client(server)
+        client.read_until(b"data: ")
+        process.send_signal(signal.SIGTERM)
+        poll(lambda: socket.socket().connect_ex(("127.0.0.1", port)))  # until it is draining
+        assert process.poll() is None
+        begun = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) == 1 and time.monotonic() - begun < 2
+        client.leave()
+    fake.close()
+
+
+# (5) HTTP/1.0
+
+
+@pytest.mark.parametrize("path, steps, whole", [
+    ("/api/chat", (SAID + chunk(FINAL) + END,), True), ("/api/version", (RECORDED["version"],), True),
+    ("/api/chat", (RECORDED["missing"],), True), ("/api/chat", (SAID,), False),
+    ("/api/chat", (SAID + END,), False), ("/api/chat", (SAID, RESET), False),
+    ("/api/chat", (SAID + b"zz\r\n",), False), ("/api/chat", (SAID, HOLD), False)])
+def test_http_1_0_answer_ends_its_connection_and_in_a_reset_if_it_was_cut(start, path, steps, whole):
+    server, _ = start(*steps, idle_timeout=0.3)
+    client = Client(server, path=None)
+    method = b"GET" if path == "/api/version" else b"POST"
+    client.socket.sendall(b"%b %b HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: %d\r\n\r\n%b" % (
+        method, path.encode(), 2 * (method == b"POST"), b"{}"[:2 * (method == b"POST")]))
+    with contextlib.nullcontext() if whole else pytest.raises(ConnectionResetError):
+        answer = client.read_until(b"never")
+        assert b"\r\nConnection: close\r\n" in answer and b"Transfer-Encoding" not in answer
+    client.leave()
+
+
+# (7) out of descriptors, (8) counts
+
+
+@pytest.mark.parametrize("number", [errno_ for errno_ in (24, 23)])  # EMFILE, ENFILE
+def test_lack_of_descriptors_is_a_503_to_try_again(start, monkeypatch, log, number):
+    def connect(self):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(http.client.HTTPConnection, "connect", connect)
+    server, _ = start()
+    for path in b"/v1/chat/completions", b"/api/chat":
+        answer = raw(server, b"POST %b HTTP/1.1\r\n" % path + HOST + LENGTH + b"\r\n" + BODY)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
+        assert b"reach Ollama" not in answer
+
+
+@pytest.mark.parametrize("count", ["true", "-5", "1.5", '"5"', "[]", "1e3"])
+def test_count_that_is_no_count_is_an_error_and_in_a_passed_answer_unknown(start, log, count):
+    final = FINAL.replace(b'"done":true', b'"done":true,"prompt_eval_count":1,"eval_count":%b' % count.encode())
+    server, _ = start(HEAD + chunk(final) + END, log="json")
+    for stream in True, False:
+        assert_failed(chat(server, stream), 502, "upstream_protocol")
+        assert records(log, 1)[0]["completion_tokens"] is None
+    assert not call(server, "POST", "/api/chat", {"model": "m"}).cut
+    record = records(log, 1)[0]
+    assert (record["prompt_tokens"], record["completion_tokens"], record["end"]) == (1, None, "done")
+
+
+# (9) end marks
+
+TOLD = b'event: message_delta\ndata: {"type":"message_delta","delta":{"text":"data: [DONE]"}}\n\n'
+LONG = json.dumps({"text": "x" * (1 << 20)}).encode()
+ARGUMENTS = json.dumps({"message": {"tool_calls": [{"function": {"name": "f", "arguments": {
+    "done": True, "x": '"done":true}\n', "error": "no"}}}]}, "done": False}).encode() + b"\n"
+CONTEXT = json.dumps({"done": True, "context": list(range(5000)), "eval_count": 7}).encode() + b"\n"
+DEAD = (b'data: {"id":"chatcmpl-477","choices":[{"index":0,"delta":{"content":"v"},"finish_reason":null}]}\n\n'
+        b'data: {"id":"chatcmpl-477","choices":[{"index":0,"delta":{"content":""},"finish_reason":null}]}\n\n')
+LINES, EVENTS, DIED = "application/x-ndjson", "text/event-stream", "upstream cut"
+
+
+def event(name, data=b"{}"):
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), data)
+
+
+@pytest.mark.parametrize("size", [None, 1])
+@pytest.mark.parametrize("path, kind, body, end", [
+    *[(path, LINES, body, end) for path in ("/api/chat", "/api/generate") for body, end in [
+        (says("a") + FINAL, "done"), (says("a") + FINAL.strip(), "done"), (says("a"), DIED),
+        (says("a") + FINAL[:-5], DIED), (ARGUMENTS, DIED), (ARGUMENTS + FINAL, "done"),
+        (says("a") + CONTEXT, "done"), (says("a") + CONTEXT[:-9], DIED), (says('"done":true}\n'), DIED),
+        (b'{"done":"true"}\n', DIED), (b'{"x":{"done":true}}\n', DIED), (b'[{"done":true}]\n', DIED),
+        (says("a") + b'{"error":"died"}\n', "error"), (says('{"error":"x"}') + FINAL, "done"),
+        (says("a") + FINAL.replace(b"\n", b"\r\n"), "done"), (b'{"done": true, "x": %b}\n' % LONG, "done")]],
+    ("/api/chat", LINES + "; charset=utf-8", says("a"), DIED),
+    ("/api/chat", "Application/X-NDJSON;a=b", says("a") + FINAL, "done"),
+    *[("/v1/messages", EVENTS, body, end) for body, end in [
+        (TOLD + event("message_stop"), "done"), (TOLD, DIED), (TOLD + event("message_stop", LONG), "done"),
+        (TOLD + event("message_stop", LONG)[:-9], DIED), (TOLD + event("message_stop")[:-1], DIED),
+        (TOLD + event("message_stop").replace(b"\n", b"\r\n"), "done"), (TOLD + event("message_stopped"), DIED),
+        (TOLD + event("error"), "error"), (event("x", b"event: message_stop"), DIED)]],
+    *[("/v1/responses", EVENTS, TOLD + event("response." + name, LONG), end) for name, end in [
+        ("completed", "done"), ("incomplete", "done"), ("failed", "error"), ("created", DIED)]],
+    ("/v1/responses", EVENTS, event("response.completed", b"{}\ndata: {}"), "done"),
+    *[("/v1/completions", kind, body, end) for kind in (EVENTS, EVENTS + "; charset=utf-8", "TEXT/Event-Stream ;x")
+      for body, end in [(DEAD, DIED), (DEAD + b"data: [DONE]\n\n", "done"), (DEAD + b"data: [DONE]\n", DIED),
+                        (DEAD + b"data: [DONE]", DIED), (DEAD + b'data: "[DONE]"\n\n', DIED)]],
+    *[(path, "application/json; charset=utf-8", b'{"done":false}', "done") for path in (
+        "/api/chat", "/v1/messages", "/v1/completions")],
+    ("/v1/audio/transcriptions", "text/plain", b"hello", "done")])
+def test_passed_stream_is_complete_only_with_its_end_mark(start, log, size, path, kind, body, end):
+    head = HEAD.replace(LINES.encode(), kind.encode())
+    size = size and (1 if len(body) < 1 << 16 else 9999)
+    server, _ = start(head + chunk(body) + END, size=size, log="json")
+    answer = call(server, "POST", path, {"model": "m"})
+    assert (answer.status, answer.body, answer.cut) == (200, body, end == DIED)
+    record = records(log, 1)[0]
+    assert record["end"] == end and (record["error"] is None) == (end == "done")
+    assert record["completion_tokens"] == (7 if CONTEXT in body else None)
+
+
+@pytest.mark.parametrize("path, kind", [
+    ("/v1/audio/transcriptions", "text/plain"), ("/v1/audio/transcriptions", "application/json"),
+    ("/v1/messages", EVENTS), ("/api/chat", LINES)])
+@pytest.mark.parametrize("length", [b"Transfer-Encoding: chunked", b"Content-Length: 0"])
+def test_passed_answer_that_is_empty_is_a_cut(start, log, path, kind, length):
+    head = HEAD.replace(LINES.encode(), kind.encode()).replace(b"Transfer-Encoding: chunked", length)
+    server, _ = start(head + END * (length[0] == ord("T")), log="json")
+    assert_failed(call(server, "POST", path, b"{}"), 502, "upstream_cut")
+    assert records(log, 1)[0]["end"] == DIED
+
+
+# (10) "$ref": "#", (11) advice
+
+
+def references(value):
+    """All references in some JSON."""
+    if isinstance(value, dict):
+        return [v for k, v in value.items() if k == "$ref" and isinstance(v, str)] + references(list(value.values()))
+    return [v for item in value for v in references(item)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize("schema", [
+    {"type": "object", "properties": {"child": {"$ref": "#"}}},
+    {"type": "object", "properties": {"a": {"anyOf": [{"type": "null"}, {"$ref": "#"}]}}},
+    *[{"type": "object", "properties": {name: {"$ref": "#"}}} for name in (
+        "default", "const", "enum", "examples", "$ref", "properties")],
+    {"$defs": {"default": {"items": {"$ref": "#"}}}, "properties": {"a": {"$ref": "#/$defs/default"}}}])
+def test_reference_to_the_whole_schema_goes_up_as_one_to_its_new_place(schema):
+    tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in "fg"]
+    formats = [native(tools=tools[:1], tool_choice=named("f")), native(tools=tools, tool_choice="required"),
+               native(tools=tools, tool_choice=named("g")), native(response_format={
+                   "type": "json_schema", "json_schema": {"name": "n", "schema": schema}})]
+    for found in (body["format"] for body in formats):
+        assert references(found) and "#" not in references(found)
+        for reference in references(found):
+            place = found
+            for step in reference[2:].split("/"):
+                place = place[step]  # it points at something
+            assert isinstance(place, dict)
+
+
+@pytest.mark.parametrize("text", ["unsupported $ref #", "failed to parse grammar", "invalid JSON schema in format"])
+@pytest.mark.parametrize("fields, param", [
+    ({"tools": [function()], "tool_choice": "required"}, "tools"),
+    ({"tools": [function()], "tool_choice": named("f")}, "tools"), ({"format": {"type": "object"}}, "format"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}}, "response_format")])
+def test_schema_that_ollama_refuses_is_a_400_that_names_what_was_sent(start, text, fields, param):
+    server, fake = start(json_answer({"error": text}, 500))
+    for steps in fake.steps, [HEAD + chunk(json.dumps({"error": text}).encode() + b"\n") + END]:
+        fake.steps = steps
+        for stream in True, False:
+            error = assert_failed(chat(server, stream, **fields), 400)
+            assert error["param"] in (param, "tool_choice"[:99 * (param == "tools")]) and param in error["message"]
+
+
+@pytest.mark.parametrize("fields, longer", [
+    ({}, True), ({"num_ctx": 4096}, True), ({"num_ctx": 4097}, False), ({"options": {"num_ctx": 8192}}, False)])
+def test_advice_to_raise_num_ctx_only_while_that_can_help(start, fields, longer):
+    server, _ = start(RECORDED["over_trunc_false"])
+    message = assert_failed(chat(server, **fields), 400, "context_length_exceeded")["message"]
+    assert ("set options.num_ctx" in message and "--option num_ctx=" in message) == longer, message
+
+
+# (12) times, (14) trace, (15) OpenAI's errors, (16) command line
+
+
+@pytest.mark.parametrize("path, answer, stream", [
+    ("/api/chat", RECORDED["hello_whole"], False), ("/api/chat", RECORDED["hello"], True),
+    ("/v1/messages", json_answer({"usage": {"input_tokens": 1, "output_tokens": 27}}), False)])
+def test_passed_answer_has_a_rate_and_a_first_token_only_if_it_streams(start, log, path, answer, stream):
+    server, _ = start(answer, log="json")
+    call(server, "POST", path, {"model": "m"})
+    record = records(log, 1)[0]
+    assert record["completion_tokens"] == 27
+    assert (record["first_token_seconds"] is not None) == (record["tokens_per_second"] is not None) == stream
+
+
+@pytest.mark.parametrize("path, head", [("/api/chat", HEAD), ("/v1/messages", HEAD.replace(
+    LINES.encode(), EVENTS.encode()))])
+def test_passed_stream_that_the_client_leaves_keeps_its_time_to_the_first_token(start, log, path, head):
+    server, _ = start(head + chunk(says("a")), HOLD, log="json")
+    client = Client(server, path)
+    client.read_until(b"false}")
+    client.leave()
+    record = records(log, 1)[0]
+    assert record["end"] == "client hang-up" and record["first_token_seconds"] is not None
+
+
+def test_trace_keeps_what_a_hook_adds_to_itself(start, hooks):
+    server, _ = start(RECORDED["hello"], hooks=hooks(
+        "def shape(route, body, caller): return {**body, 'messages': [{'role': 'system', 'content': 'PRIVATE'}]}"))
+    answer = call(server, "POST", "/v1/chat/completions?trace=1", {"model": "m", "messages": [], "stream": True})
+    assert b"PRIVATE" not in answer.body and b": POST" not in answer.body and b": {" in answer.body
+
+
+@pytest.mark.parametrize("refusal, status, text", [
+    (json_answer({"error": "not here"}, 404), 404, "not here"), (RECORDED["notfound"], None, "404 page not found"),
+    (json_answer({"error": {"message": "bad", "type": "x"}}, 400), 400, "bad"),
+    (json_answer({"error": {}}, 500), 500, ""), (json_answer({"type": "error", "error": {"message": "no"}}, 429), 429, "no"),
+    (b"HTTP/1.1 500 x\r\nContent-Length: 0\r\n\r\n", None, "")])
+def test_error_of_any_form_is_openais_on_its_routes(start, refusal, status, text):
+    server, _ = start(refusal)
+    for path in "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions":
+        answer = call(server, "POST", path, {"model": "m"})
+        assert answer.status >= 400 and text in assert_failed(answer, status or answer.status)["message"]
+
+
+def test_route_that_the_demo_lacks_is_openais_error(demo):
+    for path in "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions":
+        assert_failed(call(demo, "POST", path, {"model": "demo-text"}), 404)
+    for method, path in ("GET", "/v1/models/nosuch"), ("GET", "/v1/nosuch"), ("POST", "/v1/batches"):
+        assert_failed(call(demo, method, path, {} if method == "POST" else None), 404)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "[::]:0"])
+def test_start_line_shows_an_address_that_works(listen):
+    if listen[0] == "[":
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            listen = listen + "!"
+        if listen[-1] != "!":
+            pytest.skip("no IPv6 here")
+    with running("--demo", "--listen", listen.rstrip("!"), "--insecure") as process:
+        url = parse_url(re.search(r"listening on (\S+)", process.stderr.readline())[1])
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=DEADLINE)
+        connection.request("GET", "/v1/models")
+        assert connection.getresponse().status == 200 and url.hostname in ("127.0.0.1", "::1")
+        connection.close()
 
 
 # ---- Trace and page ----------------------------------------------------------------------------
@@ -3126,8 +3211,7 @@ def blocks(answer):
 
 
 @pytest.mark.parametrize("path, name, native", [
-    ("/v1/chat/completions", "hello", "/api/chat"), ("/v1/chat/completions", "parallel", "/api/chat"),
-    ("/v1/completions", "generate", "/api/generate")])
+    ("/v1/chat/completions", "hello", "/api/chat"), ("/v1/chat/completions", "parallel", "/api/chat")])
 @pytest.mark.parametrize("size", [None, 1, 700])
 def test_trace_shows_the_request_and_each_line_before_the_frames_it_became(start, path, name, native, size):
     server, fake = start(RECORDED[name], size=size)
@@ -3218,7 +3302,6 @@ def test_browser_gets_the_page_which_may_load_nothing_from_anywhere(start):
 def test_demo_lists_its_models_and_what_each_shows(demo):
     models = call(demo, "GET", "/v1/models").json()["data"]
     assert [m["id"] for m in models] == ["demo-text", "demo-think", "demo-tool", "demo-error"]
-    assert all(m["description"] for m in models)
 
 
 def test_demo_models_show_what_they_say(demo):
@@ -3235,38 +3318,6 @@ def test_demo_answers_a_tools_result_and_obeys_a_limit(demo):
     assert answer.deltas() == "The tool said: sunny"
     choice = chat(demo, model="demo-text", stream=False, max_tokens=2).json()["choices"][0]
     assert choice["message"]["content"] == "Hello! Every" and choice["finish_reason"] == "length"
-
-
-def test_demo_obeys_a_schema_and_calls_the_tool_that_it_is_given(demo):
-    schema = {"type": "object", "$defs": {"C": {"enum": ["red"]}}, "properties": {
-        "c": {"$ref": "#/$defs/C"}, "n": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
-        "list": {"type": "array", "items": {"type": "boolean"}}, "k": {"const": 1}}}
-    value = {"c": "red", "n": 1, "list": [True], "k": 1}
-    answer = chat(demo, model="demo-text", response_format={
-        "type": "json_schema", "json_schema": {"schema": schema}})
-    assert json.loads(answer.deltas()) == value
-    tools = [{"type": "function", "function": {"name": "paint", "parameters": schema}}]
-    for model, choice in ("demo-tool", "auto"), ("demo-text", "required"), ("demo-text", named("paint")):
-        answer = chat(demo, model=model, tools=tools, tool_choice=choice)
-        call = answer.folded()[0]["message"]["tool_calls"][0]["function"]
-        assert call["name"] == "paint" and json.loads(call["arguments"]) == value
-
-
-@pytest.mark.parametrize("fields", [
-    {"format": "xml"}, {"format": {"$ref": "#"}}, {"format": {"$ref": 5}},
-    {"format": {"type": "array", "items": 5}}, {"tools": [5]}, {"messages": "x"},
-    {"messages": [{"role": "tool"}]}])
-def test_demo_refuses_what_is_too_odd_for_it(demo, fields):
-    answer = call(demo, "POST", "/api/chat", {"model": "demo-tool", **fields})
-    assert answer.status == 400 and "too odd" in answer.json()["error"]
-
-
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model":["a"]}', b'{"model":"demo-text",'
-                                  b'"messages":[],"options":{"num_predict":null}}'])
-def test_demo_takes_odd_bodies(demo, body):
-    for path in "/api/chat", "/api/generate", "/api/show":
-        answer = call(demo, "POST", path, body, {"Content-Length": str(len(body))})
-        assert answer.status in (200, 400, 404) and not answer.cut
 
 
 def test_demo_speaks_the_generate_format_too(demo):
@@ -3293,7 +3344,7 @@ def running(*arguments, **environ):
 
 def test_program_says_where_it_listens_answers_and_ends_cleanly_on_sigterm():
     with running("--demo", "--listen", "127.0.0.1:0") as process:
-        url = re.search(r"listens on http://127.0.0.1:(\d+)", process.stderr.readline())
+        url = re.search(r"listening on http://127.0.0.1:(\d+)", process.stderr.readline())
         assert "demo" in process.stderr.readline()
         connection = http.client.HTTPConnection("127.0.0.1", int(url[1]), timeout=DEADLINE)
         connection.request("GET", "/v1/models")
@@ -3325,8 +3376,8 @@ def test_program_warns_when_ollama_does_not_answer():
         port = listener.getsockname()[1]
     with running("--listen", "127.0.0.1:0", OLLAMA_HOST=f"127.0.0.1:{port}") as process:
         lines = [process.stderr.readline() for _ in range(3)]
-        assert f"sends to http://127.0.0.1:{port}" in lines[1]
-        assert lines[2].startswith("warning: Ollama can't be reached") and "--demo" in lines[2]
+        assert f"upstream: http://127.0.0.1:{port};" in lines[1]
+        assert lines[2].startswith("warning: can't reach Ollama") and "--demo" in lines[2]
 
 
 @pytest.mark.parametrize("arguments, environ, text", [
@@ -3337,8 +3388,8 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--upstream", "ftp://box"], {}, "--upstream"),
     (["--upstream", "http://user@box"], {}, "--upstream"),
     (["--upstream", "http://127.0.0.1:1x"], {}, "--upstream"),
-    (["--upstream", "127.0.0.1:11435"], {}, "ask itself"),
-    (["--upstream", "127.0.0.1:11434/v1"], {}, "without /v1"),
+    (["--upstream", "127.0.0.1:11435"], {}, "own address"),
+    (["--upstream", "127.0.0.1:11434/v1"], {}, "remove /v1"),
     (["--idle-timeout", "0"], {}, "--idle-timeout"),
     (["--idle-timeout", "nan"], {}, "--idle-timeout"),
     (["--nosuch"], {}, "--nosuch"),
@@ -3346,29 +3397,30 @@ def test_program_warns_when_ollama_does_not_answer():
     (["--api-key-file", "/nonexistent/keys"], {}, "/nonexistent/keys"),
     (["--tls-cert", "/nonexistent/cert"], {}, "/nonexistent/cert"),
     (["--tls-key", "/nonexistent/key"], {}, "/nonexistent/key"),
-    (["--allowed-host", "http://box.lan"], {}, "--allowed-host"),
-    (["--cors-origin", "box.lan"], {}, "--cors-origin"), (["--cors-origin", "http://a/"], {}, "chat.example"),
+    (["--demo", "--upstream", "box"], {}, "--demo and --upstream"),
+    (["--listen", ":65536"], {}, "above 65535"), (["--option", "num_ctx"], {}, "num_ctx=VALUE"),
+    (["--api-key", "sk-0123456789", "sk-9876543210"], {}, "belongs to no flag"),
     (["--hooks", "/nonexistent/hooks.py"], {}, "/nonexistent/hooks.py"),
-    (["--alias", "x"], {}, "--alias"), (["--option", "num_ctx=big"], {}, "num_ctx is of type integer"),
+    (["--alias", "x"], {}, "--alias"), (["--option", "num_ctx=big"], {}, "of type integer"),
     (["--option", "nosuch=1"], {}, "nosuch"), (["--keep-alive", "soon"], {}, "--keep-alive"),
-    (["--log", "xml"], {}, "--log"), (["--allow-admin", "--listen", "127.0.0.1:0"], {}, "needs keys"),
-    ([], {"NDJSON_SSE_PROXY_OPTION": "num_ctx=1 top_k=x"}, "top_k is of type integer"),
+    (["--log", "xml"], {}, "--log"), 
+    ([], {"NDJSON_SSE_PROXY_OPTION": "num_ctx=1 top_k=x"}, "top_k"),
     (["--upstream", "http://127.0.0.1:1/é"], {}, "--upstream"),
     (["--demo", "--listen", "127.0.0.1:0"], {"OLLAMA_API_KEY": "a\nb"}, "OLLAMA_API_KEY"),
-    ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "the environment's NDJSON_SSE_PROXY_IDLE_TIMEOUT"),
-    ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "the environment's NDJSON_SSE_PROXY_DEMO"),
-    ([], {"NDJSON_SSE_PROXY_LISTNE": "127.0.0.1:0"}, "NDJSON_SSE_PROXY_LISTNE is none of the settings"),
-    ([], {"NDJSON_SSE_PROXY_API_KEY": " "}, "NDJSON_SSE_PROXY_API_KEY: is empty"),
-    (["--api-key-file", ""], {}, "--api-key-file: is empty"), (["--hooks", ""], {}, "--hooks: is empty"),
-    ([], {"OLLAMA_HOST": "a b"}, "the environment's OLLAMA_HOST"),
-    pytest.param([], {"NDJSON_SSE_PROXY_api_key": "sk-alice-0123"}, "NDJSON_SSE_PROXY_api_key is none",
+    ([], {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "soon"}, "NDJSON_SSE_PROXY_IDLE_TIMEOUT"),
+    ([], {"NDJSON_SSE_PROXY_DEMO": "perhaps"}, "NDJSON_SSE_PROXY_DEMO"),
+    ([], {"NDJSON_SSE_PROXY_LISTNE": "127.0.0.1:0"}, "NDJSON_SSE_PROXY_LISTNE is not a setting"),
+    ([], {"NDJSON_SSE_PROXY_API_KEY": " "}, "NDJSON_SSE_PROXY_API_KEY is empty"),
+    (["--api-key-file", ""], {}, "--api-key-file"), (["--hooks", ""], {}, "--hooks"),
+    ([], {"OLLAMA_HOST": "a b"}, "OLLAMA_HOST"),
+    pytest.param([], {"NDJSON_SSE_PROXY_api_key": "sk-alice-0123"}, "NDJSON_SSE_PROXY_api_key is not",
                  marks=pytest.mark.skipif(os.name == "nt", reason="all names are in capitals there")),
 ])
 def test_mistake_on_the_command_line_is_one_line_and_status_2(arguments, environ, text):
     with running(*arguments, **environ) as process:
         output = process.stderr.read()
         assert process.wait(DEADLINE) == 2
-    assert len(output.splitlines()) == 1 and text in output, output
+    assert len(output.splitlines()) == 1 and text in output and "sk-9" not in output, output
 
 
 def test_port_in_use_is_one_line_and_status_2():
@@ -3382,12 +3434,14 @@ def test_port_in_use_is_one_line_and_status_2():
 
 def test_flag_wins_over_environment_and_environment_over_default():
     environ = {"NDJSON_SSE_PROXY_IDLE_TIMEOUT": "5", "OLLAMA_HOST": "0.0.0.0", "NDJSON_SSE_PROXY_DEMO": "1"}
-    config = proxy_module.read_config(["--idle-timeout", "7"], environ)
+    config = read_settings(["--idle-timeout", "7"], environ)
     assert config.idle_timeout == 7 and config.demo is True
     assert config.upstream.geturl() == "http://0.0.0.0:11434"
     environ["NDJSON_SSE_PROXY_UPSTREAM"] = "box:1"
-    assert proxy_module.read_config([], environ).upstream.geturl() == "http://box:1"
-    assert proxy_module.read_config([], {}) == Config()
+    assert read_settings([], environ).upstream.geturl() == "http://box:1"
+    environ = {"NDJSON_SSE_PROXY_API_KEY": "sk-0123456789 bob:sk-9876543210", "NDJSON_SSE_PROXY_ALIAS": "a=b"}
+    settings = read_settings(["--alias", "c=d"], environ)
+    assert settings.api_key == [("", "sk-0123456789"), ("bob", "sk-9876543210")] and settings.alias == [("c", "d")]
 
 
 @pytest.mark.parametrize("text, url", [
@@ -3401,11 +3455,10 @@ def test_upstream_is_read_as_ollama_reads_its_own_variable(text, url):
 def test_help_lists_every_setting_and_fits_a_screen_and_a_half():
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
-        proxy_module.read_config(["--help"], {})
-    for name in Config._fields:
-        assert "--" + name.replace("_", "-") in out.getvalue()
+        read_settings(["--help"], {})
+    for flag in proxy_module.FLAGS:
+        assert "--" + flag in out.getvalue()
     assert len(out.getvalue().splitlines()) < 60
-    assert tuple(proxy_module.FLAGS) == Config._fields
 
 
 # ---- Documents ---------------------------------------------------------------------------------
@@ -3416,18 +3469,86 @@ def test_doctests_run():
     assert result.attempted > 15 and result.failed == 0
 
 
+def readme(heading=""):
+    """README, or a section of it."""
+    text = (HERE / "README.md").read_text(encoding="utf-8")
+    return (text + "\n## ").split(f"\n## {heading}\n")[1].split("\n## ")[0] if heading else text
+
+
+def readme_program(name):
+    """The source of a Python program in README."""
+    return re.search(rf"```python\n# {re.escape(name)}\n(.*?)```", readme(), re.DOTALL)[1]
+
+
+def readme_block(start):
+    """An indented block of README, from its first line."""
+    text = readme()
+    block = text[text.index(f"\n    {start}\n") + 1:]
+    return re.sub("^    ", "", re.match(r"(?:    .*\n|\n(?=    ))+", block)[0], flags=re.MULTILINE)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def accepts(port, process):
+    assert process.poll() is None
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+
+
+def test_readme_idea_turns_lines_into_frames(tmp_path):
+    fake, port, source = FakeOllama(RECORDED["hello"]), free_port(), readme_program("idea.py")
+    for old, new in ("11434", fake.url.rpartition(":")[2]), ("11436", str(port)):
+        assert old in source
+        source = source.replace(old, new)
+    (tmp_path / "idea.py").write_text(source)
+    body = b'{"model":"m","messages":[]}'
+    with subprocess.Popen([sys.executable, str(tmp_path / "idea.py")], stderr=subprocess.DEVNULL) as process:
+        try:
+            poll(lambda: accepts(port, process))
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
+            connection.request("POST", "/", body)
+            frames = Answer(connection.getresponse()).body.split(b"\n\n")
+        finally:
+            process.kill()
+            fake.close()
+    line, _, received = fake.requests.get(timeout=DEADLINE)
+    assert line == "POST /api/chat HTTP/1.1" and received == body
+    assert frames[-2:] == [b"data: [DONE]", b""] and len(frames) > 4
+    done = [json.loads(frame[len("data: "):])["done"] for frame in frames[:-2]]
+    assert done == [False] * (len(done) - 1) + [True]
+
+
+def test_readme_hooks_limit_models_and_requests_and_note_usage(start, hooks, tmp_path, monkeypatch, log):
+    monkeypatch.chdir(tmp_path)
+    source = readme_program("hooks.py").replace("PER_MINUTE = 30", "PER_MINUTE = 2")
+    server, _ = start(RECORDED["hello"], api_key=(ALICE, BOB), hooks=hooks(source))
+
+    def ask(model, key=ALICE[1], path="/v1/chat/completions"):
+        return call(server, "POST", path, {"model": model, "messages": []}, bearer(key))
+    assert [ask("other").status, ask("demo-text").status, ask("demo-think", path="/api/chat").status] == [
+        403, 200, 200]
+    refused = ask("demo-text")
+    assert refused.status == 429 and 0 < int(refused.headers["Retry-After"]) <= 61
+    assert ask("demo-text", BOB[1]).status == 200
+
+    def rows():  # the hook runs after the answer
+        with contextlib.suppress(sqlite3.OperationalError), contextlib.closing(sqlite3.connect("usage.db")) as db:
+            return db.execute("select * from usage order by caller desc, model").fetchall()
+    poll(lambda: len(rows() or ()) == 3)
+    assert rows()[1:] == [("alice", "demo-text", 9, 27), ("alice", "demo-think", 9, 27)]
+    assert "Traceback" not in "\n".join(log.queue)
+
+
 def test_readme_names_every_flag_and_no_other():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    flags = {"--" + name.replace("_", "-") for name in Config._fields} | {"--version", "--help"}
-    table = readme[readme.index("## Command line"):]
-    table = table[:table.index("\n## ")]
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", table)) == flags
+    flags = {"--" + flag for flag in proxy_module.FLAGS} | {"--version", "--help"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", readme("Command line"))) == flags
 
 
 def test_readme_says_of_each_field_what_its_row_does():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## What becomes of each field"):]
-    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", section[:section.index("\n## ")], re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|$", readme("Fields"), re.MULTILINE)
     said = {name: effect for names, effect in rows for name in re.findall(r"`(\w+)`", names)}
     assert set(said) == set(proxy_module.CHAT_FIELDS)
     for name, effect in said.items():
@@ -3436,35 +3557,12 @@ def test_readme_says_of_each_field_what_its_row_does():
         assert effect.startswith("400") == (places <= {HINT, NAMED_400} and NAMED_400 in places), name
 
 
-def test_readme_lists_every_route():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## Routes"):]
-    section = section[:section.index("\n## ")]
-    for path in proxy_module.ROUTES:
-        assert path.replace("/*", "").rpartition("/")[2] in section, path
-
-NOT_OURS = {"Address already in use", "Cannot assign requested address", "No such file", "Permission denied",
-            "unknown ca", "http request", "Empty reply from server", "server busy", "insert", "thinking",
-            "an error was encountered while running the model"}
-
-
-def test_readme_quotes_messages_as_the_program_says_them():
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| **At the start**"):readme.index("| **Odd, without a message**")]
-    source = re.sub(r'"\s+f?"', "", PROGRAM.read_text(encoding="utf-8"))
-    quoted = [text for row in table.splitlines() for text in re.findall("`(.+?)`", row.split(" | ")[0])]
-    assert len(quoted) > 30
-    for text in quoted:
-        if not any(foreign in text for foreign in NOT_OURS):
-            for part in re.split(r"warning:|\.\.\.|'x'|\bX\b|0\.0\.0\.0|\d+ s\b|/\S+|: No such|POST", text):
-                assert part.strip() in source, (text, part)
-
-
-def readme_block(start):
-    """An indented block of README, from its first line."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    block = readme[readme.index(f"\n    {start}\n") + 1:]
-    return re.sub("^    ", "", re.match(r"(?:    .*\n|\n(?=    ))+", block)[0], flags=re.MULTILINE)
+def test_readme_lists_every_route_and_what_is_refused():
+    rows = re.findall(r"^\| (.*) \| (.*) \|$", readme("Routes"), re.MULTILINE)
+    said = {path: effect for names, effect in rows for path in re.findall("`(/.*?)`", names)}
+    assert set(said) == set(proxy_module.ROUTES)
+    for path, methods in proxy_module.ROUTES.items():
+        assert said[path].startswith("always 403") == (set(methods.values()) == {None}), path
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze") or not os.path.exists("/usr/bin/python3"),
@@ -3476,18 +3574,16 @@ def test_readme_systemd_unit_is_valid(tmp_path):
                           check=False, timeout=60)
     assert done.returncode == 0 and unit.name not in done.stderr, done.stderr
     names = set(re.findall(r"NDJSON_SSE_PROXY_(\w+)", unit.read_text()))
-    assert names and names <= {name.upper() for name in Config._fields}
+    assert names and names <= {flag.upper().replace("-", "_") for flag in proxy_module.FLAGS}
 
 
 @pytest.fixture
 def nginx(start, certificate, tmp_path):
-    """README's nginx in front of a proxy: (its port, the proxy, the fake upstream)."""
+    """README's nginx in front of a proxy: (its port, the fake upstream)."""
     if not shutil.which("nginx"):
         pytest.skip("no nginx here")
     server, fake = start()
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    config = readme_block("upstream ollama_boxes {")
+    port, config = free_port(), readme_block("upstream ollama_boxes {")
     for old, new in {"127.0.0.1:11435": f"127.0.0.1:{server.server_port}", "listen 443": f"listen 127.0.0.1:{port}",
                      "/etc/nginx/box.lan.pem": certificate[0], "/etc/nginx/box.lan.key": certificate[1]}.items():
         assert old in config
@@ -3497,24 +3593,17 @@ def nginx(start, certificate, tmp_path):
     (tmp_path / "nginx.conf").write_text(
         f"daemon off; worker_processes 1; pid {tmp_path}/pid; error_log stderr; events {{}} "
         f"http {{ access_log off; {folders}\n{config}\n}}")
-    process = subprocess.Popen(["nginx", "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")],
-                               stderr=subprocess.PIPE)
-
-    def accepts():
-        assert process.poll() is None, process.stderr.read()
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return True
+    process = subprocess.Popen(["nginx", "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")])
     try:
-        poll(accepts)
-        yield port, server, fake
+        poll(lambda: accepts(port, process))
+        yield port, fake
     finally:
         process.terminate()
         process.wait(DEADLINE)
-        process.stderr.close()
 
 
 def test_readme_nginx_passes_frames_one_by_one_and_hang_ups_on(nginx, certificate):
-    port, _, fake = nginx
+    port, fake = nginx
     more = threading.Event()
     fake.steps = (SAID, more, chunk(FINAL) + b"0\r\n\r\n")
     context = ssl.create_default_context(cafile=certificate[0])
@@ -3537,503 +3626,3 @@ def test_readme_nginx_passes_frames_one_by_one_and_hang_ups_on(nginx, certificat
     fake.requests.get(timeout=DEADLINE)
     connection.close()
     assert fake.left.wait(DEADLINE)
-
-
-# ---- Bench and soak ----------------------------------------------------------------------------
-#     python test_proxy.py bench [quick]
-#     python test_proxy.py soak [SECONDS [SEED]]
-# The upstream, the proxy, and a bare relay to compare it with are processes of their own.
-
-RECORD = (b'{"model":"m","created_at":"2026-11-22T22:21:53.400636945Z","message":'
-          b'{"role":"assistant","content":"%b"},"done":%b}\n')
-STAMP = re.compile(rb'"content":"(\d{19})')  # what a frame says: its number, or its time in ns
-STAMP_BYTES = 30
-LAST_CHUNK = b"0\r\n\r\n"
-FINISHED = chunk(RECORD % (b"", b'true,"done_reason":"stop","total_duration":1427445221,'
-                           b'"prompt_eval_count":9,"eval_count":23')) + LAST_CHUNK
-BROKEN = {"cut": b"", "reset": RESET, "error": chunk(b'{"error":"it died"}\n') + LAST_CHUNK,
-          "garbage": chunk(b"<html>\n") + LAST_CHUNK, "no_http": b""}
-
-
-def frame(number):
-    return chunk(RECORD % (b"%019d" % number, b"false"))
-
-
-@functools.lru_cache(maxsize=None)
-def frames(count):
-    return b"".join(map(frame, range(count)))
-
-
-def play(model):
-    """The steps for a model's name, KIND:FRAMES[:PER_SECOND]: bytes are sent, a time is waited for,
-    RESET resets; then comes FIN."""
-    kind, count, rate = [*model.split(":"), "1"][:3]
-    if kind in ("silent", "slow_start"):
-        yield math.inf if kind == "silent" else time.monotonic() + 0.5
-    yield b"\0 no HTTP\r\n\r\n" if kind == "no_http" else HEAD
-    if kind == "paced":
-        begin = time.monotonic() + random.random() / int(rate)  # or all would tick at once
-        for i in range(int(count)):
-            yield begin + i / int(rate)
-            yield frame(time.monotonic_ns())
-    else:
-        yield frames(int(count))
-    yield BROKEN.get(kind, FINISHED)
-
-
-class PlayedOllama(asyncio.Protocol):
-    """A connection: one request, then its steps. All are in one thread, and what is sent was made
-    beforehand, so that this is not the bottleneck."""
-
-    open = 0  # connections, as far as the other side has not hung up
-
-    def connection_made(self, transport):
-        PlayedOllama.open += 1
-        self.transport, self.request, self.steps = transport, b"", None
-
-    def connection_lost(self, error):
-        PlayedOllama.open -= 1
-        self.steps = iter([math.inf])
-
-    def data_received(self, data):
-        self.request += data
-        head, end, body = self.request.partition(b"\r\n\r\n")
-        length = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
-        if end and len(body) == int(length[1] if length else 0):
-            answer = b'{"version":"0","open":%d}' % (PlayedOllama.open - 1)
-            self.steps = play(json.loads(body)["model"]) if body else iter([
-                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(answer), answer)])
-            self.go_on()
-
-    def go_on(self):
-        for step in self.steps:
-            if isinstance(step, bytes):
-                self.transport.write(step)
-            elif step is RESET:
-                reset_on_close(self.transport.get_extra_info("socket"))
-                return self.transport.abort()
-            else:
-                return step < math.inf and asyncio.get_running_loop().call_at(step, self.go_on)
-        self.transport.write_eof()
-
-
-async def play_ollama():
-    server = await asyncio.get_running_loop().create_server(
-        PlayedOllama, "127.0.0.1", 0, backlog=1024)
-    print("listens on http://127.0.0.1:%d" % server.sockets[0].getsockname()[1],
-          file=sys.stderr, flush=True)
-    await server.serve_forever()
-
-
-def relay(upstream_port):
-    """What any proxy of this library costs: lines go through as they are. It is run from its own
-    source only, so that its memory is not that of the tests."""
-    import http.client
-    import http.server
-    import sys
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            upstream = http.client.HTTPConnection("127.0.0.1", upstream_port)
-            upstream.request("POST", self.path, body, {"Content-Type": "application/json"})
-            self.send_response(200)
-            self.send_header("Content-Type", "application/x-ndjson")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            for line in upstream.getresponse():
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
-            self.wfile.write(b"0\r\n\r\n")
-            upstream.close()
-
-    http.server.ThreadingHTTPServer.request_queue_size = 128
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    print(f"listens on http://127.0.0.1:{server.server_port}", file=sys.stderr, flush=True)
-    server.serve_forever()
-
-
-class Spawned:
-    """A server in a process of its own; its first line on stderr says where it listens."""
-
-    def __init__(self, path, *command):
-        began, self.path = time.monotonic(), path
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("NDJSON_", "OLLAMA_"))}
-        self.process = subprocess.Popen([sys.executable, *map(str, command)], env=clean,
-                                        stderr=subprocess.PIPE, universal_newlines=True)
-        first = self.process.stderr.readline()
-        self.port = int(re.search(r"listens on http://127.0.0.1:(\d+)", first)[1])
-        socket.create_connection(("127.0.0.1", self.port)).close()
-        self.start_seconds, self.said = time.monotonic() - began, []
-        # read on, or the pipe would be full one day, and the server stand still
-        threading.Thread(target=self.said.extend, args=[self.process.stderr], daemon=True).start()
-
-    def close(self):
-        self.process.kill()
-        self.process.wait(DEADLINE)
-
-    def proc(self, name):
-        """A file of Linux' /proc, or a folder's names; empty on other systems."""
-        path = Path(f"/proc/{self.process.pid}/{name}")
-        with contextlib.suppress(OSError):
-            return os.listdir(path) if path.is_dir() else path.read_text()
-        return ""
-
-    def cpu_seconds(self):
-        fields = self.proc("stat").rpartition(")")[2].split()
-        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK") if fields else math.nan
-
-    def mebibytes(self):
-        """The memory that is resident."""
-        if self.proc("statm"):
-            return int(self.proc("statm").split()[1]) * os.sysconf("SC_PAGE_SIZE") / (1 << 20)
-        with contextlib.suppress(OSError, subprocess.CalledProcessError):
-            command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
-            return int(subprocess.check_output(command)) / 1024
-        return math.nan
-
-
-@contextlib.contextmanager
-def spawning():
-    """Functions that start a server each: direct (the upstream itself), relay, proxy."""
-    with contextlib.ExitStack() as stack:
-        def start(*command):
-            return stack.enter_context(contextlib.closing(Spawned(*command)))
-
-        allow_many_files()
-        upstream = start("/api/chat", __file__, "upstream")
-        source = inspect.getsource(relay) + f"\nrelay({upstream.port})\n"
-        flags = ["--listen", "127.0.0.1:0", "--upstream", f"http://127.0.0.1:{upstream.port}"]
-        if b"--max-connections" in subprocess.check_output([sys.executable, str(PROGRAM), "-h"]):
-            flags += ["--max-connections", "2000"]
-        yield {"direct": lambda: upstream, "relay": lambda: start("/api/chat", "-c", source),
-               "proxy": lambda: start("/v1/chat/completions", PROGRAM, *flags)}
-
-
-def allow_many_files():
-    """A descriptor each for thousands of connections; the processes started here inherit it."""
-    with contextlib.suppress(ImportError):
-        import resource
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        wanted = 10_000 if hard == resource.RLIM_INFINITY else min(10_000, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-
-
-def post(path, model, stream=True, accept="*/*"):
-    """A chat's request: the arguments of HTTPConnection.request()."""
-    messages = [{"role": "user", "content": "hi"}]
-    body = json.dumps({"model": model, "stream": stream, "messages": messages})
-    return "POST", path, body, {"Accept": accept, "Content-Type": "application/json"}
-
-
-def request_bytes(method, path, body, headers):
-    lines = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}",
-             *map(": ".join, headers.items())]
-    return "\r\n".join([*lines, "", body]).encode()
-
-
-class LoadStream(asyncio.Protocol):
-    """A stream of the load client: counts its frames and notes when they came."""
-
-    def __init__(self, path, model):
-        self.request = request_bytes(*post(path, model))
-        self.expected, self.paced = int(model.split(":")[1]), model.startswith("paced")
-        self.frames, self.delays, self.rest, self.done, self.whole = 0, [], b"", False, False
-        self.began, self.first = time.monotonic(), math.nan
-        self.ended = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport):
-        self.transport = transport
-        transport.write(self.request)
-
-    def data_received(self, data):
-        now, data = time.monotonic_ns(), self.rest + data
-        found = STAMP.findall(data)
-        if found and not self.frames:
-            self.first = now / 1e9 - self.began
-        self.frames += len(found)
-        if self.paced:
-            self.delays += [(now - int(stamp)) / 1e6 for stamp in found]
-        self.done = self.done or b"[DONE]" in data or b'"done":true' in data
-        self.rest = data[1 - STAMP_BYTES:]  # less than a stamp, so that none is counted twice
-        if data.endswith(b"\r\n" + LAST_CHUNK):
-            self.whole = self.done and self.frames == self.expected
-            self.transport.close()
-
-    def connection_lost(self, error):
-        self.ended.set_result(None)
-
-
-Load = collections.namedtuple("Load", "frames seconds delays first broken")
-
-
-async def load(server, model, count, deadline):
-    """So many streams at once. One that is not over in time counts as broken."""
-    loop, streams, began = asyncio.get_running_loop(), [], time.monotonic()
-    for _ in range(count):
-        streams.append((await loop.create_connection(
-            lambda: LoadStream(server.path, model), "127.0.0.1", server.port))[1])
-    await asyncio.wait([stream.ended for stream in streams], timeout=deadline)
-    return Load(sum(s.frames for s in streams), time.monotonic() - began,
-                sorted(delay for s in streams for delay in s.delays),
-                streams[0].first, sum(not s.whole for s in streams))
-
-
-class Bench:
-    """The rows of the table. A value is the median of what was measured."""
-
-    def __init__(self, quick):
-        self.rows, self.broken = {}, collections.Counter()
-        self.rounds, self.frames, self.singles = (1, 2000, 5) if quick else (3, 20_000, 20)
-        self.streams, self.seconds = (100, 2) if quick else (1000, 10)
-        if os.name == "nt":
-            self.streams = min(self.streams, 400)  # select() takes 512 there
-
-    def note(self, row, name, value):
-        self.rows.setdefault(row, collections.defaultdict(list))[name].append(value)
-
-    def median(self, row, name):
-        return statistics.median(self.rows[row][name] or [math.nan])
-
-    def load(self, name, server, model, count):
-        result = asyncio.run(load(server, model, count, self.seconds + 3 * DEADLINE))
-        self.broken[name] += result.broken
-        return result
-
-    def burst(self, name, server):
-        for count in (1, 50):
-            got = self.load(name, server, f"burst:{self.frames // count}", count)
-            self.note(f"frames/s, burst, streams: {count}", name, got.frames / got.seconds)
-
-    def paced(self, name, server):
-        """100 streams with 20 frames/s each."""
-        before = server.cpu_seconds()
-        got = self.load(name, server, f"paced:{self.seconds * 10}:20", 100)
-        used = (server.cpu_seconds() - before) / (got.frames or math.nan)
-        for percent in (50, 99):
-            delay = (got.delays or [math.nan])[len(got.delays) * percent // 100]
-            self.note(f"latency p{percent}, ms, 100 streams x 20/s", name, delay)
-        if name != "direct":
-            self.note("CPU per frame, µs, same load", name, used * 1e6)
-
-    def first_token(self, name, server):
-        for _ in range(self.singles):
-            got = self.load(name, server, "burst:1", 1)
-            self.note("time to first token, ms, alone", name, got.first * 1e3)
-
-    def memory(self, name, server):
-        """Of a fresh process. The load is in this thread, so another one looks at the memory."""
-        self.load(name, server, "burst:1", 1)
-        self.note("memory, MiB, at rest", name, server.mebibytes())
-        timer = threading.Timer(self.seconds * 0.8, lambda: self.note(
-            f"memory, MiB, {self.streams:,} streams x 5/s", name, server.mebibytes()))
-        timer.start()
-        self.load(name, server, f"paced:{5 * self.seconds}:5", self.streams)
-        timer.join()
-
-    def print_table(self):
-        for row in [row for row in self.rows if row.startswith("latency")]:
-            for name in ("relay", "proxy"):
-                more = self.median(row, name) - self.median(row, "direct")
-                self.note(f"added {row}", name, more)
-        print("| | direct | relay | proxy | proxy/relay |\n|---|---:|---:|---:|---:|")
-        for row in self.rows:
-            values = [self.median(row, name) for name in ("direct", "relay", "proxy")]
-            values.append(values[2] / (values[1] or math.nan))
-            cells = [f"{v:,.0f}" if v >= 1000 else f"{v:.2f}" for v in values]
-            print("|", row, "|", " | ".join(cells).replace("nan", "-"), "|")
-        print("broken streams:", *(f"{name} {count}" for name, count in self.broken.items()))
-
-
-def bench(argv):
-    """The same loads without a proxy, through the relay and through the proxy, in turns: what else
-    the machine does hits all of them."""
-    table = Bench(quick=argv == ["quick"])
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, "
-          f"{platform.python_implementation()} {platform.python_version()}, {platform.platform()}")
-    with spawning() as starters:
-        servers = {name: start() for name, start in starters.items()}
-        for measure in (table.burst, table.paced, table.first_token):
-            for _ in range(table.rounds):
-                for name, server in servers.items():
-                    measure(name, server)
-        for name in ("relay", "proxy"):
-            servers[name].close()
-            for _ in range(5):
-                with contextlib.closing(starters[name]()) as server:
-                    table.note("start-up, ms", name, server.start_seconds * 1e3)
-            table.memory(name, starters[name]())
-        table.print_table()
-    return 1 if any(table.broken.values()) else 0
-
-
-# What the soak's clients do, and how often. "slow" reads a long stream with pauses.
-DOINGS = {"stream": 6, "whole": 4, "raw": 3, "framed": 3, "slow": 1, "abort": 6, "malformed": 2}
-GOOD_MODELS = ["burst:1", "burst:300", "burst:3000", "paced:20:100", "slow_start:5"]
-LEFT_MODELS = ["silent:0", "slow_start:5", "paced:200:100", "burst:3000"]
-MALFORMED = [
-    b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01\0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"BREW / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    b"GET / HTTP/1.1\r\nHost: localhost\r\nno colon\r\n\r\n", b"GET /" + b"x" * 70_000,
-    *(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n" + rest for rest in (
-        b"\r\n", b"Content-Length: x\r\n\r\n", b"Content-Length: 99999999999\r\n\r\n",
-        b"Content-Length: 5\r\n\r\n{\"a\":", b"Content-Length: 2\r\n\r\n{}",
-        b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n"))]
-SLACK = 4  # threads and descriptors that may be there beyond those at the start: a watcher's own
-MORE_MEBIBYTES = 8  # than after the warm-up; in the usual time, a leak of 1 KiB a request is more
-
-
-class SoakClient:
-    """Does one thing after another, on one connection as long as that is kept alive."""
-
-    def __init__(self, port, seed, results):
-        self.port, self.random, self.results = port, random.Random(seed), results
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-
-    def run(self, until):
-        while time.monotonic() < until:
-            doing = self.random.choices(list(DOINGS), list(DOINGS.values()))[0]
-            bad = f"{self.random.choice(list(BROKEN))}:{self.random.randrange(10)}"
-            model = self.random.choice([self.random.choice(GOOD_MODELS), bad])
-            act, what = getattr(self, doing, self.ask), ""
-            try:
-                act(doing, {"slow": "burst:10000"}.get(doing, model))
-            except Exception as error:  # noqa: BLE001  whatever it is, it is a result
-                what = f"{model}: {error!r}"[:300]
-                self.connection.close()
-            self.results.append((doing, what))
-            time.sleep(self.random.random() * 0.1)
-        self.connection.close()
-
-    def request(self, doing, model):
-        path = "/api/chat" if doing in ("raw", "framed") else "/v1/chat/completions"
-        accept = "text/event-stream" if doing == "framed" else "*/*"
-        return post(path, model, doing != "whole", accept)
-
-    def ask(self, doing, model):
-        self.connection.request(*self.request(doing, model))
-        response, body, cut = self.connection.getresponse(), b"", False
-        read = functools.partial(response.read1, 1 << 16) if response.chunked else response.read
-        try:
-            for count, piece in enumerate(iter(read, b"")):
-                body += piece
-                time.sleep(0.2 if doing == "slow" and count % 1000 == 0 else 0)
-        except (http.client.IncompleteRead, ConnectionResetError):
-            cut = True
-            self.connection.close()
-        judge(doing, model, response.status, body, cut)
-
-    def abort(self, doing, model):
-        """Hang up, by FIN or RST, within the request, before the answer or in its midst."""
-        request = request_bytes(*self.request(self.random.choice(list(DOINGS)),
-                                              self.random.choice(LEFT_MODELS)))
-        if self.random.random() < 0.2:
-            request = request[:self.random.randrange(len(request))]
-        with socket.create_connection(("127.0.0.1", self.port)) as connection:
-            connection.sendall(request)
-            connection.settimeout(0.001 + self.random.random() * 0.3)
-            with contextlib.suppress(OSError):
-                connection.recv(self.random.randrange(1, 5000))
-            if self.random.random() < 0.5:
-                reset_on_close(connection)
-
-    def malformed(self, doing, model):
-        request = self.random.choice(MALFORMED)
-        with socket.create_connection(("127.0.0.1", self.port), DEADLINE) as connection:
-            connection.sendall(request)
-            response = http.client.HTTPResponse(connection)
-            response.begin()
-            judge_error(response.status, response.read())
-
-
-def judge(doing, model, status, body, cut):
-    """An answer is whole if, and only if, the upstream's was; else it does not look so."""
-    good, count, seen = model.split(":")[0] not in BROKEN, int(model.split(":")[1]), body[-200:]
-    if status != 200:
-        assert not good, f"status {status} {seen}"
-        return judge_error(status, body)
-    if doing == "raw":
-        assert good == (b'"done":true' in body and not cut), f"cut: {cut}, {seen}"
-    elif doing == "whole":
-        assert good and not cut, f"cut: {cut}, {seen}"
-    else:
-        *events, rest = body.split(b"\n\n")
-        ends = [e for e in events if e == b"data: [DONE]" or e.startswith(b'data: {"error":')]
-        assert not rest and not cut and ends == events[-1:], f"cut: {cut}, {ends}, {seen}"
-        assert good == (ends == [b"data: [DONE]"]), f"{ends}"
-    said = re.findall(rb"\d{19}", body)  # the numbers of the frames, or their times
-    assert said == sorted(set(said)), "frames twice, or out of order"
-    assert len(said) == count if good else len(said) <= count, f"{len(said)} frames of {count}"
-
-
-def judge_error(status, body):
-    names = sorted(json.loads(body)["error"])
-    assert status >= 400 and names == ["code", "message", "param", "type"], f"{status} {body[:200]}"
-
-
-Usage = collections.namedtuple("Usage", "upstream threads descriptors mebibytes")
-
-
-def usage(upstream, server):
-    """Connections open at the upstream; what the proxy has."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", upstream.port)) as connection:
-        connection.request("GET", "/")
-        open_there = json.loads(connection.getresponse().read())["open"]
-    return Usage(open_there, len(server.proc("task")), len(server.proc("fd")),
-                 round(server.mebibytes(), 1))
-
-
-def soak_phase(upstream, server, seconds, seed, results):
-    """Twenty clients. Returns the usage once nothing is left of them, or that has had its time."""
-    start, until = usage(upstream, server), time.monotonic() + seconds
-    threads = [threading.Thread(target=SoakClient(server.port, f"{seed} {i}", results).run,
-                                args=[until]) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    deadline = time.monotonic() + 2 * DEADLINE
-    while not is_idle(usage(upstream, server), start) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return usage(upstream, server)
-
-
-def is_idle(now, start):
-    return (now.upstream == 0 and now.threads <= start.threads + SLACK
-            and now.descriptors <= start.descriptors + SLACK)
-
-
-def soak(argv):
-    """All that clients and upstreams do, well or badly, at random. Each answer must end as it may,
-    and nothing be left over."""
-    seconds, seed = argv[0] if argv else "180", argv[1] if argv[1:] else random.randrange(10**6)
-    print(f"soak of {seconds} s, seed {seed}", flush=True)
-    results = []
-    with spawning() as starters:
-        upstream, server = starters["direct"](), starters["proxy"]()
-        time.sleep(1)  # until it has asked the upstream for its version
-        start = usage(upstream, server)
-        warm = soak_phase(upstream, server, float(seconds) * 0.2, f"{seed} warm-up", results)
-        end = soak_phase(upstream, server, float(seconds) * 0.8, seed, results)
-        checks = {"process": server.process.poll() is None, "idle": is_idle(end, start),
-                  "memory": not end.mebibytes > warm.mebibytes + MORE_MEBIBYTES,
-                  "stderr": not any("Traceback" in line for line in server.said)}
-    results += [(name, "" if good else "see above") for name, good in checks.items()]
-    for name, value in (("start", start), ("after warm-up", warm), ("end", end)):
-        print(f"{name}: {value}")
-    counts = collections.Counter(results)
-    for (doing, what), count in sorted(counts.items())[:60]:
-        print(f"{count:6} {doing}: {f'FAILED {what}' if what else 'passed'}")
-    failed = sum(count for (_, what), count in counts.items() if what)
-    print(f"{len(results) - failed} passed, {failed} failed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    if sys.argv[1:] == ["upstream"]:
-        asyncio.run(play_ollama())
-    commands = {"bench": bench, "soak": soak}
-    if not set(sys.argv[1:2]) & set(commands):
-        sys.exit("usage: python test_proxy.py bench [quick] | soak [SECONDS [SEED]]")
-    sys.exit(commands[sys.argv[1]](sys.argv[2:]))

@@ -19,7 +19,7 @@ async function open(options = {}) {
   const page = await browser.newPage({ viewport: { width: 1280, height: 900 }, ...options });
   page.faults = [];
   page.on("console", (message) => {
-    if (!/Failed to load resource.*(404|401)/.test(message.text())) page.faults.push(message.text());
+    if (!/Failed to load resource.*(404|401|502)/.test(message.text())) page.faults.push(message.text());
   });
   page.on("pageerror", (error) => page.faults.push(String(error)));
   page.on("request", (request) => {
@@ -33,7 +33,7 @@ const text = (page, selector) => page.locator(selector).innerText();
 const count = (page, selector) => page.locator(selector).count();
 const status = (page, pattern) => page.waitForFunction((source) =>
   new RegExp(source).test(document.querySelector("#status").textContent), pattern.source, { timeout: 10000 });
-async function send(page, model, pattern = /^(Done|Failed)/) {
+async function send(page, model, pattern = /^(Done|failed|cut off)/) {
   await page.selectOption("#model", model);
   await page.click("#send");
   await status(page, pattern);
@@ -54,40 +54,75 @@ for (const part of ["default-src 'none'", "script-src 'sha256-", "connect-src 's
   assert.ok(policy.includes(part), policy);
 assert.ok(!policy.includes("unsafe"), policy);
 assert.equal((await (await fetch(base + "/")).text()).trim().split("\n").length, 1);
-assert.match(await text(page, "#model"), /demo-text: plain text/);
+assert.deepEqual((await text(page, "#model")).split("\n"), ["demo-text", "demo-think", "demo-tool", "demo-error"]);
+assert.equal(await text(page, "#demo"), "Demo: these answers are scripted.");
+assert.match(await text(page, "body"), /Point at a row to light up a line and its frames/);
+const html = await (await fetch(base + "/", { headers: { accept: "text/html" } })).text();
+assert.equal(html.match(/light-dark\(|:has\(|[{;}]\s*&|content-visibility|\(\?<[=!]/), null);  // not known in 2022
 await shot(page, "empty");
 
-// The three columns and the text. A frame shows the line that it came from.
+// The three columns and the text. A line lights up with its frames, and they stand side by side.
+const lit = () => page.evaluate(() => [...document.querySelectorAll("#rows summary")].filter((row) =>
+  getComputedStyle(row).backgroundColor !== "rgba(0, 0, 0, 0)").map((row) => row.innerText));
+const row = (content) => page.locator("#rows summary", { hasText: content });
+const left = () => page.evaluate(() => {  // to scroll
+  const list = document.querySelector("#rows");
+  return list.scrollHeight - list.scrollTop - list.clientHeight;
+});
 await send(page, "demo-text");
-assert.match(await text(page, "#up"), /POST \/v1\/chat\/completions[^]*POST \/api\/chat {/);
-assert.match(await text(page, "#text"), /^Hello! Every word[^]*\nThis newline did not break its frame\.$/);
-assert.match(await text(page, "#status"), /Done \(stop\).*0\.\d+ s.*tokens\/s/);
-assert.equal(await count(page, "#frames li"), await count(page, "#lines li") + 3);  // role, usage, [DONE]
+assert.ok(Math.abs(await left()) <= 1 && await page.evaluate(() => document.querySelector("#rows").scrollTop > 0));
+assert.match(await text(page, "#up"), /POST \/api\/chat {/);
+assert.match(await text(page, "#content"), /^Hello! Every word[^]*\nThis newline did not break its frame\.$/);
+assert.match(await text(page, "#status"), /Done \(stop\): 24 tokens/);
+assert.equal(await count(page, "#rows div:last-child > code"), await count(page, "#rows div:first-child > code") + 3);  // role, usage, [DONE]
 for (const way of ["focus", "hover"]) {
-  await page.locator("#frames li", { hasText: "NDJSON" })[way]();
-  assert.match(await text(page, "#lines .lit"), /"content":" NDJSON"/);
-  assert.equal(await count(page, ".lit"), 2);
+  await row(" NDJSON")[way]();
+  const [shown, ...others] = await lit();
+  assert.match(shown, /"content":" NDJSON"}[^]*data: [^]*"content":" NDJSON"}/);
+  assert.deepEqual(others, []);
+  await page.evaluate(() => document.activeElement.blur());
 }
-assert.ok(await page.evaluate(() => {  // in view
-  const [line, list] = [".lit", "#lines"].map((s) => document.querySelector(s).getBoundingClientRect());
-  return line.top >= list.top && line.bottom <= list.bottom;
-}));
-await page.locator("#frames li").last().focus();
-assert.match(await text(page, ".lit"), /the proxy's own\s+data: \[DONE\]/);
+assert.match(await page.locator("#rows code").last().getAttribute("title"), /added by the proxy/);
+
+// A click opens a row and another closes it; so does Enter. Lines break after "," and "{" only.
+for (const way of ["click", "Enter"])
+  for (const open of [true, false]) {
+    await (way === "click" ? row(" NDJSON").click() : row(" NDJSON").press("Enter"));
+    assert.equal(await page.locator("#rows details[open]").count(), open ? 1 : 0);
+    assert.equal((await row(" NDJSON").locator("i").last().evaluate((i) => getComputedStyle(i).fontSize)) !== "0px", open);
+    if (open) assert.deepEqual(await page.evaluate(badBreaks), []);
+  }
+function badBreaks() {
+  const bad = [];
+  for (const code of document.querySelectorAll("#rows code, #up code")) {
+    const walker = document.createTreeWalker(code, NodeFilter.SHOW_TEXT), range = document.createRange();
+    for (let node, before = "", top; (node = walker.nextNode());) {
+      if (getComputedStyle(node.parentNode).fontSize === "0px") { before = ","; continue; }
+      for (let i = 0; i < node.length; i++) {
+        range.setStart(node, i);
+        range.setEnd(node, i + 1);
+        const box = range.getBoundingClientRect();
+        if (top !== undefined && box.top > top + 8 && !/[,{ ]/.test(before)) bad.push(code.textContent);
+        [before, top] = [node.data[i], box.top];
+      }
+    }
+  }
+  return bad;
+}
 
 // Thinking is folded, a call is shown, errors are errors.
 await send(page, "demo-think");
-assert.equal(await page.locator("#thought").isVisible(), false);
-await page.click("summary");
-assert.match(await text(page, "#thought"), /^The question is open\./);
+assert.equal(await page.locator("#reasoning").isVisible(), false);
+await page.getByText("Thinking", { exact: true }).click();
+assert.match(await text(page, "#reasoning"), /^The question is open\./);
 await send(page, "demo-tool");
 assert.equal((await text(page, "#calls")).trim(), 'get_weather({"city":"Paris"})');
 await send(page, "demo-error");
-assert.match(await page.getByRole("alert").innerText(), /unexpected EOF/);
+assert.match(await text(page, "#end"), /^\(cut off: .*unexpected EOF\)$/);
 await page.evaluate(() => document.querySelector("#model").add(new Option("nosuch")));
 await send(page, "nosuch");
-assert.match(await page.getByRole("alert").innerText(), /^404: .*ollama pull nosuch/);
-assert.equal(await count(page, "#frames li"), 0);
+assert.match(await text(page, "#status"), /^failed: 404: .*ollama pull nosuch/);
+assert.equal(await count(page, "#rows code"), 0);
 
 // Streams as the demo has none: heartbeats before the first line, an error that no line told, a cut. They come
 // in pieces of three bytes, so that frames and even characters are cut.
@@ -103,32 +138,35 @@ async function play(...blocks) {
     };
   }, blocks.map((block) => block + "\n\n").join(""));
   await send(page, "demo-text");
-  return (await page.locator("#frames time").allTextContents()).map((label) => label.split(", ")[1]);
+  return page.locator("#rows summary").evaluateAll((rows) =>
+    rows.map((row) => [...row.children].map((cell) => cell.children.length).join(" ")));  // lines, frames
 }
 const frame = (delta, finish_reason = null) => "data: " + JSON.stringify({ id: "x", choices: [{ delta, finish_reason }] });
 const beats = [": POST /api/chat {}", frame({ role: "assistant", content: "" }), frame({}), ': {"model":"m"}',
   frame({ content: "<img src=x onerror=alert(1)> 🙂" }), frame({})];
 assert.deepEqual(await play(...beats, frame({}, "stop"), 'data: {"choices":[],"usage":{"completion_tokens":1}}', "data: [DONE]"),
-  ["the proxy's own", "the proxy's own", "from line 1", "the proxy's own", "from line 1", "the proxy's own", "the proxy's own"]);
-assert.equal(await text(page, "#text"), "<img src=x onerror=alert(1)> 🙂");
-assert.equal((await play(...beats, 'data: {"error":{"message":"it was cut"}}')).pop(), "the proxy's own");
-assert.equal(await page.getByRole("alert").innerText(), "it was cut");
-await play(...beats);
-assert.match(await page.getByRole("alert").innerText(), /without \[DONE\]/);
+  ["0 1", "0 1", "1 2", "0 1", "0 1", "0 1"]);
+assert.equal(await text(page, "#content"), "<img src=x onerror=alert(1)> 🙂");
+assert.equal((await play(...beats, 'data: {"error":{"message":"it was cut"}}')).pop(), "0 1");
+assert.equal(await text(page, "#end"), "(cut off: it was cut)");
+await play(...beats.slice(1));  // a shape hook hides the request to Ollama
+assert.equal(await text(page, "#up"), "");
+assert.match(await text(page, "#end"), /cut off: .*without \[DONE\]/);
 await page.evaluate(() => {  // thousands of frames
   for (let i = 0; i < 5000; i++)
     [`: {"model":"m","n":${i}}`, 'data: {"id":"x","choices":[{"delta":{"content":"y"}}]}'].forEach(receive);
 });
-assert.ok(await count(page, "#frames li") > 5000);
+assert.ok(await count(page, "#rows code") > 10000);
 
 // Stop ends the stream, and the proxy notices. By keyboard: Tab reaches everything, Ctrl+Enter sends.
 const before = await hangups();
 await page.selectOption("#model", "demo-text");
 await page.focus("#prompt");
 await page.keyboard.press("Control+Enter");
-await page.waitForFunction(() => document.querySelectorAll("#frames li").length > 2);
+await page.waitForFunction(() => document.querySelectorAll("#rows code").length > 4);
 await page.getByRole("button", { name: "Stop" }).press("Enter");
-await status(page, /^Stopped$/);
+await status(page, /^stopped$/);
+assert.equal(await text(page, "#end"), "(stopped)");
 for (const end = Date.now() + 5000; await hangups() <= before;) assert.ok(Date.now() < end, "no hang-up was counted");
 await send(page, "demo-think");
 await page.focus("#model");
@@ -136,15 +174,12 @@ const reached = [];
 for (let i = 0; i < 11; i++) {
   reached.push(await page.evaluate(() => {
     const { id, parentNode, textContent, tagName } = document.activeElement;
-    return tagName === "LI" ? parentNode.id : tagName === "BUTTON" || tagName === "SUMMARY" ? textContent : id;
+    return id || (parentNode.parentNode.id === "rows" ? "row" : textContent);
   }));
   await page.keyboard.press("Tab");
 }
-assert.deepEqual(reached, ["model", "key", "prompt", "Send", "Stop", "Copy as curl", "Copy as Python",
-  "Copy as JavaScript", "up", "lines", "frames"]);
-await page.focus("#frames li");
-for (let i = 0; i < 3; i++) await page.keyboard.press("ArrowDown");
-assert.match(await text(page, "#lines .lit"), /, line 3/);
+assert.deepEqual(reached, ["model", "key", "prompt", "send", "Stop", "Copy as curl", "Copy as Python",
+  "Copy as JavaScript", "Thinking", "row", "row"]);
 
 // What is copied runs as pasted, and carries the prompt unharmed: a server in between takes it down.
 let asked;
@@ -184,6 +219,9 @@ for (const [kind, [program, ending]] of Object.entries(programs)) {
 }
 between.close();
 
+await page.click("text=Close");
+assert.equal(await page.locator("#code").isVisible(), false);
+
 // The key outlives a reload, in this tab alone; and where nothing can be copied, the code is selected.
 await page.reload();
 assert.equal(await page.inputValue("#key"), "sk-it's");
@@ -193,14 +231,38 @@ assert.match(await text(page, "#status"), /Ctrl\+C/);
 assert.match(await page.evaluate(() => getSelection().toString()), /^curl /);
 assert.deepEqual(page.faults, []);
 
+// Ollama starts after the page, without a model at first; then Send needs no reload. A 401 asks for the key.
+page = await browser.newPage();
+const answers = [[502, { error: { message: "Ollama is down" } }], [502, { error: { message: "Ollama is down" } }],
+  [200, { data: [] }], [401, { error: { message: "no such key" } }]];
+await page.route("**/v1/models", (route) => {
+  const [status, json] = answers.shift() ?? [];
+  return status ? route.fulfill({ status, json }) : route.continue();
+});
+await page.goto(base + "/");
+await status(page, /Ollama is down/);
+for (const said of [/502: Ollama is down/, /ollama pull NAME/, /401: no such key/]) {
+  await page.click("#send");
+  await status(page, said);
+}
+assert.equal(await page.evaluate(() => document.activeElement.id), "key");
+await page.click("#send");
+await status(page, /^Done/);
+assert.match(await text(page, "#content"), /^Hello!/);
+
 // To look at: both themes, wide and narrow, and nothing to scroll sideways.
 for (const colorScheme of ["light", "dark"])
   for (const [name, viewport] of [["wide", { width: 1280, height: 900 }], ["narrow", { width: 390, height: 844 }]]) {
     page = await open({ colorScheme, viewport });
     for (const model of ["demo-text", "demo-think", "demo-tool", "demo-error"]) {
       await send(page, model);
-      await page.locator("#frames li").nth(2).focus();
+      await page.locator("#rows summary").nth(1).focus();
       assert.ok(await page.evaluate(() => document.documentElement.scrollWidth <= innerWidth), "scrolls sideways");
+      if (name === "narrow") {
+        const [chat, panel] = await Promise.all(["#content", "#up"].map((s) => page.locator(s).evaluate((e) =>
+          e.parentNode.getBoundingClientRect().bottom)));
+        assert.ok(chat < panel, "the chat comes first");
+      }
       await shot(page, `${name}-${colorScheme}-${model}`);
     }
     assert.deepEqual(page.faults, []);

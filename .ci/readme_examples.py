@@ -1,8 +1,9 @@
-"""README's examples as they stand, but for the port, against --demo.
+"""Run README's examples against --demo. Only the port is replaced.
 
-    python .ci/with_servers.py python .ci/readme_examples.py [FOLDER]
+    python .ci/with_servers.py --demo python .ci/readme_examples.py [FOLDER]
 
-Those in Python, if their package is here; with a folder that has node_modules, those in JavaScript.
+Runs the Python examples whose package is installed or, given a folder with node_modules, the
+JavaScript examples.
 """
 import importlib.util
 import re

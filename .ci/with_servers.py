@@ -1,35 +1,26 @@
-"""Run a command with two URLs behind it: a proxy with --demo, and one before recorded exchanges.
+"""Run a command with two URLs behind it, both of proxies in front of the scripted Ollama.
 
-    python .ci/with_servers.py COMMAND ARGUMENT...
+    python .ci/with_servers.py [--demo] COMMAND ARGUMENT...
+
+With --demo, the first URL belongs to a proxy that was started with --demo.
 """
-import re
 import subprocess
 import sys
-import threading
-from pathlib import Path
 
-TOP = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(TOP))
-
-import ndjson_sse_proxy as proxy  # noqa: E402
-import test_proxy  # noqa: E402
+from servers import start_demo, start_ollama, start_proxy
 
 
-def main() -> int:
-    demo = subprocess.Popen([sys.executable, str(TOP / "ndjson_sse_proxy.py"), "--demo", "--listen",
-                             "127.0.0.1:0"], stderr=subprocess.PIPE, text=True)
-    first = demo.stderr.readline()
-    threading.Thread(target=demo.stderr.read, daemon=True).start()  # so that its log can't block it
-    recorded = test_proxy.FakeOllama(test_proxy.RECORDED["hello"])
-    server = proxy.ProxyServer(proxy.Config(listen=proxy.parse_url("127.0.0.1:0"),
-                                            upstream=proxy.parse_url(recorded.url)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        url = re.search(r"listens on (\S+)", first)[1]
-        return subprocess.run([*sys.argv[1:], url, server.url], timeout=300).returncode
-    finally:
-        demo.terminate()
-        demo.wait(10)
+def main():
+    with_demo = sys.argv[1] == "--demo"
+    command = sys.argv[2:] if with_demo else sys.argv[1:]
+    with start_ollama() as upstream, start_proxy(upstream) as proxy, (
+            start_demo() if with_demo else proxy) as first:
+        command += [first.url, proxy.url]
+        status = subprocess.run(command, check=False, timeout=300).returncode
+        if status:
+            print(f"{command} failed. The proxy's log:\n", *first.said, sep="", file=sys.stderr)
+    return status
 
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1668,11 +1668,20 @@ class Reply(Patience):
         self._sent_at = time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Write bytes; sendall() would count its timeout for all of them. Raises ClientGone."""
+        """Write bytes; the socket must not block. Raises ClientGone.
+
+        Only a client that reads too slowly is waited for, one slice at a time: with a timeout,
+        each send() would poll first, and sendall() counts it for all of its bytes.
+        """
         view = memoryview(data)
         try:
             while view:
-                view = view[self._connection.send(view[:SLICE_BYTES]):]
+                try:
+                    view = view[self._connection.send(view):]
+                except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                    self._connection.settimeout(CLIENT_SECONDS)
+                    view = view[self._connection.send(view[:SLICE_BYTES]):]
+                    self._connection.settimeout(0)
         except OSError as error:
             raise ClientGone from error
 
@@ -1780,10 +1789,11 @@ class Routes:
         """
         with self.server.upstream.request(self.reply, "GET", "/v1/models") as response:
             models: list[Json] = member(read_object(response), "data", list)
+        ids = [member(model, "id", str, needed=True) for model in models]
         models += [{**model, "id": name} for name, target in self.server.shaper.aliases.items()
-                   for model in models if model.get("id") in (target, target + ":latest")]
+                   for model, own in zip(models, ids) if own in (target, target + ":latest")]
         found: list[Json] = [{**model, "id": self.model_id} for model in models
-                             if model.get("id") in (self.model_id, self.model_id + ":latest")]
+                             if model["id"] in (self.model_id, self.model_id + ":latest")]
         if self.model_id and not found:
             raise upstream_error(f"model '{self.model_id[:MAX_MODEL_NAME]}' not found")
         self.reply.send(200, to_bytes(found[0] if found else {"object": "list", "data": models}))
@@ -2072,7 +2082,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             go_on = b"HTTP/1.1 100 Continue\r\n\r\n" * (request.version == "HTTP/1.1")
             body = read_body(request, self.rfile, functools.partial(self.reply.write, go_on))
         finally:
-            self.connection.settimeout(CLIENT_SECONDS)  # for writing
+            self.connection.settimeout(0)  # for writing
         # Everything that was sent is read, so another request may follow.
         self.reply.close = (
             request.version == "HTTP/1.0" or self.excess or self.server.draining
@@ -2652,7 +2662,7 @@ def serve(server: ProxyServer) -> int:
         f"base_url for clients: {server.url}/v1)")
     settings, gate = server.settings, server.gate
     callers = ("anyone whom the authenticate hook accepts" if gate.hook else
-               f"anyone with a key ({len(gate.keys.owners)} keys)" if gate.keys else
+               f"anyone with a key ({len(gate.keys.owners)} in all)" if gate.keys else
                "anyone who can reach it" if settings.insecure else "anyone on this machine")
     say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
         f"hooks: {', '.join(server.hooks) or 'none'}")
@@ -2664,7 +2674,7 @@ def serve(server: ProxyServer) -> int:
                                      "/api/version") as response:
             read_object(response)
     except ProxyError as error:
-        say(f"warning: {error.message} ({error.detail or settings.upstream.geturl()}); to try the "
+        say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}); to try the "
             "proxy without Ollama, use --demo" * (not signals))
     while not signals:
         time.sleep(0.1)

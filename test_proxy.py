@@ -1644,6 +1644,12 @@ def test_whole_answer_has_its_usage_whatever_the_stream_options_say(start):
     assert "usage" in chat(server, False, stream_options={"include_usage": False}).json()
 
 
+@pytest.mark.parametrize("data", [[None], [5], [[]], [{}], [{"id": 1}], {}, 5])
+def test_list_of_models_that_is_malformed_is_a_breach_of_protocol(start, data):
+    server, _ = start(json_answer({"data": data}))
+    assert_failed(call(server, "GET", "/v1/models"), 502, "upstream_protocol")
+
+
 @pytest.mark.parametrize("body", [b'{"data":null}', b'{"data":[]}', b"{}"])
 def test_no_models_are_an_empty_list(start, body):
     server, _ = start(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))

@@ -1491,28 +1491,20 @@ class DeadlineReader(io.RawIOBase):
             raise ClientGone from error
 
 
-class Request(NamedTuple):
-    """A request's head."""
-
-    method: str
-    path: str
-    version: str
-    headers: http.client.HTTPMessage
-
-
-def read_head(first: bytes, readline: Callable[[int], bytes]) -> Request:
-    """Read the rest of a request's head, strictly. Raises ProxyError 400, 414, 431 or 505.
+def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
+        str, str, str, http.client.HTTPMessage]:
+    """Read the rest of a request's head, strictly: (method, target, version, headers).
 
     http.server accepts two lengths, a length of +2, folded lines, a bare CR and more. Another proxy
     in front of this one may read the same bytes differently and see one request where there are two
-    (request smuggling), so anything ambiguous is refused.
+    (request smuggling), so anything ambiguous is refused: ProxyError 400, 414, 431 or 505.
     """
     match, headers, left = REQUEST_LINE.fullmatch(first), http.client.HTTPMessage(), MAX_HEAD_BYTES
     if not match:
         raise ProxyError(414, "the request line is too long") if len(first) > left else ProxyError(
             400, "the request line is not METHOD /path HTTP/1.1")
-    request = Request(match[1].decode(), match[2].decode(), match[3].decode(), headers)
-    if request.version not in ("HTTP/1.0", "HTTP/1.1"):
+    method, target, version = match[1].decode(), match[2].decode(), match[3].decode()
+    if version not in ("HTTP/1.0", "HTTP/1.1"):
         raise ProxyError(505, "the HTTP version must be 1.0 or 1.1")
     while True:
         line = readline(left)
@@ -1528,30 +1520,31 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> Request:
         if name in headers and name.lower() in ONCE_ONLY:
             raise ProxyError(400, f"the header {name} is there twice")
         headers[name] = match[2].strip().decode("latin-1")
-    coding = headers.get("Transfer-Encoding", "chunked").lower()
-    if request.version == "HTTP/1.1" and "Host" not in headers:
+    if version == "HTTP/1.1" and "Host" not in headers:
         raise ProxyError(400, "the Host header is missing")
     if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
         raise ProxyError(400, "the Content-Length is not a number")
-    if coding != "chunked" or "Transfer-Encoding" in headers and (
-            "Content-Length" in headers or request.version == "HTTP/1.0"):
+    if "Transfer-Encoding" in headers and (headers["Transfer-Encoding"].lower() != "chunked"
+                                           or "Content-Length" in headers or version == "HTTP/1.0"):
         raise ProxyError(400, "the Transfer-Encoding must be chunked, without a Content-Length")
-    return request
+    return method, target, version, headers
 
 
-def read_body(request: Request, reader: io.BufferedIOBase, go_on: Callable[[], None]) -> bytes:
+def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
     """Read a request's body: by its length or, strictly, in chunks without extensions or trailers.
 
-    Calls `go_on` if the client waits for that. Raises ProxyError 400, 411 or 413, and ClientGone.
+    Raises ProxyError 400, 411 or 413, and ClientGone.
     """
-    length, chunked = request.headers.get("Content-Length"), "Transfer-Encoding" in request.headers
+    method, headers = request.method, request.headers
+    length, chunked = headers.get("Content-Length"), "Transfer-Encoding" in headers
     left, body = int(length or 0), bytearray()
-    if request.method == "POST" and length is None and not chunked:
+    if method == "POST" and length is None and not chunked:
         raise ProxyError(411, "the request needs a Content-Length or chunked coding")
-    if request.method in ("GET", "HEAD", "OPTIONS") and (chunked or left):
-        raise ProxyError(400, f"a {request.method} request has no body here")
-    if left <= MAX_BODY_BYTES and request.headers.get("Expect", "").lower() == "100-continue":
-        go_on()
+    if method in ("GET", "HEAD", "OPTIONS") and (chunked or left):
+        raise ProxyError(400, f"a {method} request has no body here")
+    if (left <= MAX_BODY_BYTES and request.version == "HTTP/1.1"
+            and headers.get("Expect", "").lower() == "100-continue"):
+        request.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     while True:
         if chunked:
             line = reader.readline(10)
@@ -1572,10 +1565,7 @@ def read_body(request: Request, reader: io.BufferedIOBase, go_on: Callable[[], N
 
 
 def has_hung_up(client: socket.socket) -> bool:
-    """Return whether the client has closed its side; don't wait, and read nothing.
-
-    A client that has only closed its sending side looks the same, and counts as gone.
-    """
+    """Return at once whether the client has closed its side, if only its sending side."""
     try:
         if hasattr(select, "POLLRDHUP"):  # also works under TLS, and behind unread bytes
             poll = select.poll()
@@ -1591,26 +1581,25 @@ def has_hung_up(client: socket.socket) -> bool:
 
 
 class Reply(Patience):
-    """The answer to one request. Only the request's own thread writes it.
+    """The answer to one request, and its log record. Only the request's own thread writes it.
 
     Data collects here and leaves in one write before the thread waits for Ollama. The head leaves
     with the first of it, so that an early failure still has its own status.
     """
 
-    def __init__(self, connection: socket.socket, record: Json, settings: argparse.Namespace,
-                 stopping: Callable[[], bool]) -> None:
-        super().__init__(stopping, settings.idle_timeout)
-        self._connection, self._record = connection, record
-        self.version, self.method = "HTTP/1.0", ""
-        self.close, self.cut = True, False  # the connection, after this answer; the answer
-        self.cors: list[tuple[str, str]] = []
-        self.begun = False  # whether a frame was added, or anything was sent
-        self._head: tuple[Any, ...] = ()  # until it is sent
+    version, method = "HTTP/1.0", ""  # until they are known
+    close = True  # the connection, after this answer
+    cors: Headers = ()
+    begun = False  # whether a frame was added, or anything was sent
+    _heartbeat: Callable[[], list[bytes]] | None = None  # what one is, if the answer is frames
+
+    def __init__(self, server: ProxyServer, connection: socket.socket) -> None:
+        super().__init__(lambda: server.stopping, server.settings.idle_timeout)
+        self.server, self.connection, self.started = server, connection, time.monotonic()
+        self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
+                             "id": "req_" + os.urandom(12).hex()}
         self._pending: list[bytes] = []
-        self._chunked = self._framed = False
-        self._heartbeat: Callable[[], list[bytes]] = list
-        self._heartbeat_seconds = settings.heartbeat or float("inf")
-        self._sent_at = time.monotonic()
+        self._sent_at = self.started
 
     def before(self) -> None:
         """Send what there is."""
@@ -1619,51 +1608,41 @@ class Reply(Patience):
 
     def silence(self) -> None:
         """Raise ClientGone if the client has hung up; send a heartbeat if it is due."""
-        if has_hung_up(self._connection):
+        if has_hung_up(self.connection):
             raise ClientGone
         super().silence()
-        if self._framed and time.monotonic() - self._sent_at >= self._heartbeat_seconds:
+        seconds = self.server.settings.heartbeat or float("inf")
+        if self._heartbeat and time.monotonic() - self._sent_at >= seconds:
             self.add(b"".join(self._heartbeat()))
             self.flush()
 
-    def start(self, status: int, content_type: str, length: int | None = None,
-              headers: Headers = ()) -> None:
+    def start(self, status: int = 200, content_type: str = "text/event-stream; charset=utf-8",
+              length: int | None = None, headers: Headers = (),
+              heartbeat: Callable[[], list[bytes]] | None = None) -> None:
         """Set the head. Without a length the body is chunked, or ends with the connection."""
         self._head = status, content_type, length, headers
-        self._chunked = length is None and self.version == "HTTP/1.1"
-        self._framed = False
+        self._chunked, self._heartbeat = length is None and self.version == "HTTP/1.1", heartbeat
         self._pending.clear()
-
-    def start_frames(self, heartbeat: Callable[[], list[bytes]]) -> None:
-        """Set the head of an SSE stream, and what a heartbeat is."""
-        self.start(200, "text/event-stream; charset=utf-8", headers=[
-            ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])  # nginx would buffer
-        self._framed, self._heartbeat = True, heartbeat
 
     def add(self, data: bytes) -> None:
         """Add a frame or a piece of the body."""
         self._pending.append(data)
-        self.begun = self.begun or self._framed
-
-    def comment(self, data: bytes) -> None:
-        """Add an SSE comment; it leaves with the next frame."""
-        self._pending.append(sse_comment(data))
+        self.begun = self.begun or bool(self._heartbeat)
 
     def flush(self, last: bool = False) -> None:
         """Send what was added; `last` ends the body. A chunked body without its end was cut."""
-        if not last and not (self._pending and (self.begun or not self._framed)):
-            return
-        data = b"".join(self._pending)
+        if not last and not (self._pending and (self.begun or not self._heartbeat)):
+            return  # comments alone wait for a frame
+        data = b"" if self.method == "HEAD" else b"".join(self._pending)
         self._pending.clear()
-        if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
-            data += b"0\r\n\r\n" * last
-        if self.method == "HEAD":
-            data = b""
-        if self._head:
-            data = self._head_bytes(*self._head) + data
-            self._record["status"] = self._head[0]
-        self._head, self.begun = (), True
+        if self._chunked and data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._chunked and last and self.method != "HEAD":
+            data += b"0\r\n\r\n"
+        if self.record["status"] is None:
+            data = self._head_bytes() + data
+            self.record["status"] = self._head[0]
+        self.begun = True
         self.write(data)
         self._sent_at = time.monotonic()
 
@@ -1677,11 +1656,11 @@ class Reply(Patience):
         try:
             while view:
                 try:
-                    view = view[self._connection.send(view):]
+                    view = view[self.connection.send(view):]
                 except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
-                    self._connection.settimeout(CLIENT_SECONDS)
-                    view = view[self._connection.send(view[:SLICE_BYTES]):]
-                    self._connection.settimeout(0)
+                    self.connection.settimeout(CLIENT_SECONDS)
+                    view = view[self.connection.send(view[:SLICE_BYTES]):]
+                    self.connection.settimeout(0)
         except OSError as error:
             raise ClientGone from error
 
@@ -1693,41 +1672,43 @@ class Reply(Patience):
         self.flush(last=True)
 
     def fail(self, error: ProxyError) -> None:
-        """Tell the client in the one way that is left: a status, an error frame, or a cut."""
+        """Note an error, and tell it in the one way left: a status, an error frame, or a cut."""
+        self.record.update(error=error.code or f"status_{error.status}", detail=error.detail,
+                           end="upstream cut" if error.code == "upstream_cut" else "error")
         if not self.begun:
             self.send(error.status, error.body() + b"\n", headers=error.headers)
-        elif self._framed:  # what came before the error was good
+        elif self._heartbeat:  # the frames before the error were good
             self.add(sse_event(error.body()))
             self.flush(last=True)
         else:  # Ollama's own formats have no room for an error; only a missing end shows the cut
-            self.close = self.cut = True
+            self.close = True
             if self.version == "HTTP/1.0":  # whose end is that of the connection: reset it
-                self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                            struct.pack("ii", 1, 0))
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
+                                           struct.pack("ii", 1, 0))
 
-    def _head_bytes(self, status: int, content_type: str, length: int | None,
-                    headers: Headers) -> bytes:
-        fields = [("Server", f"ndjson_sse_proxy/{__version__}"),
-                  ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-                  ("Content-Type", re.sub("[^ -~]+", " ", content_type)),  # may be Ollama's
-                  ("X-Request-Id", self._record["id"]), ("X-Content-Type-Options", "nosniff"),
-                  *self.cors, *headers]
-        if length is not None or self._chunked:
-            fields.append(("Transfer-Encoding", "chunked") if length is None else
-                          ("Content-Length", str(length)))
-        if self.close:
-            fields.append(("Connection", "close"))
-        ignored = self._record["ignored"] or []
+    def _head_bytes(self) -> bytes:
+        (status, content_type, length, headers), record = self._head, self.record
+        ignored = record["ignored"] or []
         names = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
                  for name in ignored[:MAX_IGNORED_NAMES]]
         if len(ignored) > len(names):
             names.append(f"and {len(ignored) - len(names)} more")
-        if names:
-            fields.append(("X-Ignored-Fields", ", ".join(names)))
-        if self._record["route"] != "/":  # nothing but the page may run scripts
-            fields.append(("Content-Security-Policy", "default-src 'none'; sandbox"))
+        fields = {
+            "Server": f"ndjson_sse_proxy/{__version__}",
+            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
+            "Content-Type": re.sub("[^ -~]+", " ", content_type),  # may be Ollama's
+            "X-Request-Id": record["id"], "X-Content-Type-Options": "nosniff",
+            "Transfer-Encoding": "chunked" if self._chunked else "",
+            "Content-Length": "" if length is None else str(length),
+            "Connection": "close" if self.close else "", "X-Ignored-Fields": ", ".join(names),
+            "Cache-Control": "no-cache" if self._heartbeat else "",
+            "X-Accel-Buffering": "no" if self._heartbeat else "",  # nginx would buffer frames
+            # Nothing but the page may run scripts.
+            "Content-Security-Policy": "" if record["route"] == "/" else
+                                       "default-src 'none'; sandbox"}
+        pairs = [*((name, value) for name, value in fields.items() if value), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
-                 *map(": ".join, fields), "", ""]
+                 *map(": ".join, pairs), "", ""]
         return "\r\n".join(lines).encode("latin-1")
 
 
@@ -1743,42 +1724,71 @@ PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-versi
                   "anthropic-beta")
 
 
-class Routes:
-    """One request: a method for each route, and what they share."""
+class Exchange(Reply):
+    """One request and its answer: a method for each route, and what they share."""
 
-    def __init__(self, handler: ProxyHandler, request: Request, body: bytes) -> None:
-        self.server, self.headers, self.body = handler.server, request.headers, body
-        self.reply, self.record, self.elapsed = handler.reply, handler.record, handler.elapsed
-        path, mark, query = request.path.partition("?")
-        self.base_url, self.route = base_url(self.server.url, request.headers), self.record["route"]
-        self.target, self.trace = self.route + mark + query, "trace=1" in query.split("&")
-        self.model_id = match_route(path)[1]
+    headers: http.client.HTTPMessage
+    body, unread = b"", True
+
+    def admit(self, target: str, busy: str) -> Callable[[Exchange], None]:
+        """Return the route, if the Host, Origin and key are right and the proxy is not busy.
+
+        Raises ProxyError 401, 403, 404, 405, 501 or 503, with a hint where there is one.
+        """
+        method, headers, gate = self.method, self.headers, self.server.gate
+        path, mark, query = target.partition("?")
+        self.route, self.model_id = match_route(path)
+        self.query, own = mark + query, urllib.parse.urlsplit(self.server.url)
+        # What an SDK needs, with the name that this client knows us by.
+        self.base_url = f"{own.scheme}://{headers.get('Host', own.netloc)}/v1"
+        self.record.update(method=method, route=self.route)
+        self.cors = gate.check_site(headers)
+        if method == "OPTIONS" and "Origin" in headers:
+            return Exchange.preflight
+        if path not in ("/", "/healthz"):
+            self.record["caller"] = gate.authenticate(headers)
+        if busy and path not in ("/healthz", "/metrics"):
+            raise ProxyError(503, busy, code="proxy_busy", headers=[("Retry-After", "1")])
+        methods = ROUTES.get(self.route, {})
+        route = methods.get(method, methods.get("GET") if method == "HEAD" else None)
+        if route:
+            return route
+        if method not in METHODS:
+            raise ProxyError(501, "unknown method")
+        if method in methods:
+            raise ProxyError(403, f"{method} {self.route} changes Ollama; run it on the Ollama "
+                             "machine", code="admin_route")
+        if methods:
+            allow = ", ".join(methods)
+            raise ProxyError(405, f"{self.route} takes only {allow}", headers=[("Allow", allow)])
+        hint = "; remove the slash at its end" if path.rstrip("/") in ROUTES else ""
+        if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
+            hint = f"; base_url should be {self.base_url}"
+        if path == "/v1/v1/messages":  # Anthropic's clients add /v1 themselves
+            hint = f"; the base URL should be {self.base_url[:-len('/v1')]} here"
+        raise ProxyError(404, f"no route {method} {path[:200]}{hint}", code="no_route")
 
     def root(self) -> None:
         """GET /: the page for browsers, a line of text for the rest (such as `ollama`)."""
         if "text/html" in self.headers.get("Accept", ""):
-            return self.reply.send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
+            return self.send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url}\n")
-
-    def healthz(self) -> None:
-        """GET /healthz: the proxy is alive."""
-        self.send_text("ok\n")
 
     def metrics(self) -> None:
         """GET /metrics, for Prometheus."""
         self.send_text(self.server.observer.metrics(), "version=0.0.4; ")
 
-    def send_text(self, text: str, version: str = "") -> None:
-        """Send plain text."""
-        self.reply.send(200, text.encode("utf-8", "backslashreplace"),
-                        f"text/plain; {version}charset=utf-8")
+    def send_text(self, text: str = "ok\n", version: str = "") -> None:
+        """Send plain text. GET /healthz: the proxy is alive."""
+        self.send(200, text.encode("utf-8", "backslashreplace"),
+                  f"text/plain; {version}charset=utf-8")
 
     def preflight(self) -> None:
         """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
         wished = self.headers.get("Access-Control-Request-Headers", "")
         if not re.fullmatch(r"[\w-]*( ?, ?[\w-]+)*", wished, re.ASCII):
             raise ProxyError(400, "Access-Control-Request-Headers is malformed")
-        self.reply.send(200, b"", "text/plain", [
+        self.send(200, b"", "text/plain", [
             ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
             ("Access-Control-Allow-Headers", wished), ("Access-Control-Max-Age", "600")])
 
@@ -1787,7 +1797,7 @@ class Routes:
 
         The id is looked up in the list because Ollama's own route can't find ids with slashes.
         """
-        with self.server.upstream.request(self.reply, "GET", "/v1/models") as response:
+        with self.server.upstream.request(self, "GET", "/v1/models") as response:
             models: list[Json] = member(read_object(response), "data", list)
         ids = [member(model, "id", str, needed=True) for model in models]
         models += [{**model, "id": name} for name, target in self.server.shaper.aliases.items()
@@ -1796,7 +1806,7 @@ class Routes:
                              if model["id"] in (self.model_id, self.model_id + ":latest")]
         if self.model_id and not found:
             raise upstream_error(f"model '{self.model_id[:MAX_MODEL_NAME]}' not found")
-        self.reply.send(200, to_bytes(found[0] if found else {"object": "list", "data": models}))
+        self.send(200, to_bytes(found[0] if found else {"object": "list", "data": models}))
 
     def chat(self) -> None:
         """POST /v1/chat/completions, translated."""
@@ -1809,7 +1819,7 @@ class Routes:
         stream = ChatStream(name, "chatcmpl-" + os.urandom(9).hex(), int(time.time()),
                             request.wanted)
         if request.wanted.get("stream"):
-            self.reply.start_frames(stream.heartbeat)
+            self.start(heartbeat=stream.heartbeat)
         try:
             self.answer_chat(stream, request)
         except ProxyError as error:
@@ -1823,10 +1833,14 @@ class Routes:
     def answer_chat(self, stream: ChatStream, request: NativeRequest) -> None:
         """Send a translated request and translate the answer, streamed or whole."""
         streamed, data = request.wanted.get("stream"), to_bytes(request.body)
-        trace = self.reply.comment if streamed and self.trace else lambda data: None
+        traced = streamed and "trace=1" in self.query[1:].split("&")
+
+        def trace(line: bytes) -> None:
+            if traced:  # a comment, which leaves with the next frame
+                self._pending.append(sse_comment(line))
         if not self.server.shaper.hook:  # its additions are private
             trace(b"POST /api/chat " + data)
-        with self.server.upstream.request(self.reply, "POST", "/api/chat", data) as response:
+        with self.server.upstream.request(self, "POST", "/api/chat", data) as response:
             if response.status != 200:
                 raise refusal(response, request.wanted)
             lines = body_lines(response)
@@ -1834,21 +1848,20 @@ class Routes:
                 lines = at_most(MAX_BODY_BYTES, lines)
             choices = self.timed(translate(lines, stream, trace))
             if not streamed:
-                self.reply.send(200, to_bytes(whole_answer(stream, choices)))
+                self.send(200, to_bytes(whole_answer(stream, choices)))
             else:
                 for part in choices:
-                    self.reply.add(stream.frame(part))
-                if request.wanted.get("usage"):
-                    self.reply.add(sse_event(stream.with_usage([])))
-                self.reply.add(SSE_DONE)
-                self.reply.flush(last=True)
+                    self.add(stream.frame(part))
+                usage = sse_event(stream.with_usage([])) if request.wanted.get("usage") else b""
+                self.add(usage + SSE_DONE)
+                self.flush(last=True)
         self.record["prompt_tokens"], self.record["completion_tokens"] = stream.tokens
 
     def timed(self, parts: Iterable[Any]) -> Iterator[Any]:
         """Yield the same parts; note when the first came."""
         for part in parts:
             if self.record["first_token_seconds"] is None:
-                self.record["first_token_seconds"] = self.elapsed()
+                self.record["first_token_seconds"] = time.monotonic() - self.started
             yield part
 
     def embeddings(self) -> None:
@@ -1864,32 +1877,32 @@ class Routes:
     def passthrough(self) -> None:
         """Ollama's own formats, byte for byte; on request, each line of NDJSON as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
-        body = self.shaped_body() if self.reply.method == "POST" else None
+        body = self.shaped_body() if self.method == "POST" else None
         framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
         if framed:
-            self.reply.start_frames(lambda: [sse_comment(b"heartbeat")])
-        with self.server.upstream.request(self.reply, self.reply.method, self.target, body,
+            self.start(heartbeat=lambda: [sse_comment(b"heartbeat")])
+        with self.server.upstream.request(self, self.method, self.route + self.query, body,
                                           headers) as response:
-            status, kind = response.status, media_type(response)
-            if status != 200 and self.reply.begun or status >= 400 and self.route[:4] == "/v1/":
+            status = response.status
+            if status != 200 and self.begun or status >= 400 and self.route.startswith("/v1/"):
                 raise refusal(response)  # in OpenAI's form
-            if framed and status == 200:
-                for frame in raw_frames(self.watched(response, body_lines(response)),
-                                        kind == NDJSON):
-                    self.reply.add(frame)
-                return self.reply.flush(last=True)
             if status >= 400:
                 self.record.update(end="error", error=f"status_{status}")
-            self.reply.start(status, response.getheader("Content-Type", "application/octet-stream"),
-                             None if response.length is None else int(
-                                 response.getheader("Content-Length", "0")), retry_after(response))
+            if framed and status == 200:
+                pieces = raw_frames(self.watched(response, body_lines(response)),
+                                    media_type(response) == NDJSON)
+            else:
+                pieces = self.watched(response, body_pieces(response))
+                length = int(response.getheader("Content-Length", "0"))  # not 0 for a HEAD, either
+                self.start(status, response.getheader("Content-Type", "application/octet-stream"),
+                           None if response.length is None else length, retry_after(response))
             try:
-                for piece in self.watched(response, body_pieces(response)):
-                    self.reply.add(piece)
+                for piece in pieces:
+                    self.add(piece)
             except ProxyError:
-                self.reply.flush()  # what came before the cut
+                self.flush()  # what came before the cut
                 raise
-            self.reply.flush(last=True)
+            self.flush(last=True)
 
     def watched(self, response: http.client.HTTPResponse,
                 pieces: Iterable[bytes]) -> Iterator[bytes]:
@@ -1904,7 +1917,7 @@ class Routes:
             if marks.failed:
                 self.record.update(end="error", error="upstream_error")
             self.record.update(marks.counts)
-        if not ended or marks.empty and "transcriptions" in self.target:
+        if not ended or marks.empty and self.route == "/v1/audio/transcriptions":
             raise cut_upstream("it ended without its end mark")
 
     def read_json(self) -> Json:
@@ -1942,18 +1955,18 @@ class Routes:
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # Path, method, and what serves it. None: it would change Ollama. Everything else is a 404 and is
 # never forwarded. A * is the rest of the path.
-ROUTES: dict[str, dict[str, Callable[[Routes], None] | None]] = {
-    "/": {"GET": Routes.root},
-    "/healthz": {"GET": Routes.healthz},
-    "/metrics": {"GET": Routes.metrics},
-    "/v1/chat/completions": {"POST": Routes.chat},
-    "/v1/models": {"GET": Routes.models},
-    "/v1/models/*": {"GET": Routes.models},
-    "/v1/embeddings": {"POST": Routes.embeddings},
-    **{path: {"POST": Routes.passthrough} for path in (
-        "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions",
-        "/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
-    **{path: {"GET": Routes.passthrough} for path in (
+ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
+    "/": {"GET": Exchange.root},
+    "/healthz": {"GET": Exchange.send_text},
+    "/metrics": {"GET": Exchange.metrics},
+    "/v1/chat/completions": {"POST": Exchange.chat},
+    "/v1/models": {"GET": Exchange.models},
+    "/v1/models/*": {"GET": Exchange.models},
+    "/v1/embeddings": {"POST": Exchange.embeddings},
+    **{path: {"POST": Exchange.passthrough} for path in (
+        "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions", "/api/chat",
+        "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
+    **{path: {"GET": Exchange.passthrough} for path in (
         "/api/tags", "/api/ps", "/api/version", "/api/status")},
     **{path: {"POST": None} for path in (
         "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/me", "/api/signout",
@@ -1978,35 +1991,6 @@ def match_route(path: str) -> tuple[str, str]:
     return "none", ""
 
 
-def find_route(method: str, path: str, url: str) -> Callable[[Routes], None]:
-    """Return the method for a path. Raises ProxyError 403, 404, 405 or 501, with a hint."""
-    if method not in METHODS:
-        raise ProxyError(501, "unknown method")
-    known = match_route(path)[0]
-    methods = ROUTES.get(known, {})
-    route = methods.get(method, methods.get("GET") if method == "HEAD" else None)
-    if route:
-        return route
-    if method in methods:
-        raise ProxyError(403, f"{method} {known} changes Ollama; run it on the Ollama machine",
-                         code="admin_route")
-    if methods:
-        allow = ", ".join(methods)
-        raise ProxyError(405, f"{known} takes only {allow}", headers=[("Allow", allow)])
-    hint = "; remove the slash at its end" if path.rstrip("/") in ROUTES else ""
-    if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
-        hint = f"; base_url should be {url}"
-    if path == "/v1/v1/messages":  # Anthropic's clients add /v1 themselves
-        hint = f"; the base URL should be {url[:-len('/v1')]} here"
-    raise ProxyError(404, f"no route {method} {path[:200]}{hint}", code="no_route")
-
-
-def base_url(url: str, headers: http.client.HTTPMessage) -> str:
-    """Return what an SDK needs, with the name that this client knows us by."""
-    own = urllib.parse.urlsplit(url)
-    return f"{own.scheme}://{headers.get('Host', own.netloc)}/v1"
-
-
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, in its own thread."""
 
@@ -2017,7 +2001,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         """Prepare the connection, including the TLS handshake."""
-        self.excess = self.server.connections > self.server.settings.max_connections
+        self.excess = len(self.server.connections) > self.server.settings.max_connections
         super().setup()
         self.rfile.close()
         if isinstance(self.connection, ssl.SSLSocket):
@@ -2026,89 +2010,60 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(self.reader, 2048)  # there may be thousands of clients
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, log it."""
+        """Read a request, answer it, log it. The one place that decides how it ended."""
         seconds = LINGER_SECONDS if self.excess else CLIENT_SECONDS
         self.reader.deadline = time.monotonic() + seconds
         try:
             first = self.rfile.readline(MAX_HEAD_BYTES + 1)
         except (ClientGone, ProxyError):
             first = b""
-        self.close_connection = True
-        if first:
-            self.started = time.monotonic()  # not before: the client may have been idle
-            self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
-                                 "id": "req_" + os.urandom(12).hex()}
-            self.reply = Reply(self.connection, self.record, self.server.settings,
-                               lambda: self.server.stopping)
-            self.server.observer.count("active_requests")
-            self.run(first)
-            self.server.observer.count("active_requests", "", -1)
-            self.observe()
-            self.close_connection = self.reply.close or self.server.draining
-            if self.reply.close and self.record["end"] == "error" and not self.reply.cut:
-                self.linger()
-
-    def run(self, first: bytes) -> None:
-        """Answer a request. The one place that decides how it ended."""
+        if not first:
+            self.close_connection = True
+            return
+        self.exchange = exchange = Exchange(self.server, self.connection)
+        self.server.observer.count("active_requests")
         try:
             try:
                 self.answer(first)
             except PermissionError as error:
                 if error.errno is not None:  # the system's; a hook's own has no number
                     raise
-                self.fail(refused_key(str(error)))
+                exchange.fail(refused_key(str(error)))
             except ProxyError as error:
-                self.fail(error)
+                exchange.fail(error)
         except ClientGone:
-            self.record["end"], self.reply.close = "client hang-up", True
+            exchange.record["end"], exchange.close = "client hang-up", True
         except BaseException:  # noqa: BLE001  this thread's boundary: nothing may pass unseen
             say_traceback()
-            self.reply.close = True
+            exchange.close = True
             with contextlib.suppress(ClientGone):
-                self.fail(ProxyError(500, "internal error; the proxy's log has the details"))
-
-    def fail(self, error: ProxyError) -> None:
-        """Answer with an error, and note it."""
-        self.record.update(error=error.code or f"status_{error.status}", detail=error.detail,
-                           end="upstream cut" if error.code == "upstream_cut" else "error")
-        self.reply.fail(error)
+                exchange.fail(ProxyError(500, "internal error; the proxy's log has the details"))
+        self.server.observer.count("active_requests", "", -1)
+        self.observe()
+        self.close_connection = exchange.close or self.server.draining
+        if exchange.unread and exchange.record["end"] == "error":
+            self.linger()
 
     def answer(self, first: bytes) -> None:
         """Read the request, check who sent it, and run its route."""
+        exchange = self.exchange
         try:
-            request = read_head(first, self.rfile.readline)
-            route = self.admit(request)
+            head = read_head(first, self.rfile.readline)
+            exchange.method, target, exchange.version, exchange.headers = head
+            route = exchange.admit(
+                target, "the proxy is shutting down" if self.server.draining else
+                "the proxy has no free connections" if self.excess else "")
             self.reader.deadline = time.monotonic() + BODY_SECONDS
-            go_on = b"HTTP/1.1 100 Continue\r\n\r\n" * (request.version == "HTTP/1.1")
-            body = read_body(request, self.rfile, functools.partial(self.reply.write, go_on))
+            exchange.body = read_body(exchange, self.rfile)
         finally:
             self.connection.settimeout(0)  # for writing
-        # Everything that was sent is read, so another request may follow.
-        self.reply.close = (
-            request.version == "HTTP/1.0" or self.excess or self.server.draining
-            or "close" in ",".join(request.headers.get_all("Connection", [])).lower())
-        route(Routes(self, request, body))
-
-    def admit(self, request: Request) -> Callable[[Routes], None]:
-        """Return the route, if the Host, Origin and key are right."""
-        path, headers, gate = request.path.partition("?")[0], request.headers, self.server.gate
-        self.record.update(method=request.method, route=match_route(path)[0])
-        self.reply.version, self.reply.method = request.version, request.method
-        self.reply.cors = gate.check_site(headers)
-        if request.method == "OPTIONS" and "Origin" in headers:
-            return Routes.preflight
-        if path not in ("/", "/healthz"):
-            self.record["caller"] = gate.authenticate(headers)
-        if (self.excess or self.server.draining) and path not in ("/healthz", "/metrics"):
-            raise ProxyError(
-                503, "the proxy is shutting down" if self.server.draining else
-                "the proxy has no free connections", code="proxy_busy",
-                headers=[("Retry-After", "1")])
-        return find_route(request.method, path, base_url(self.server.url, headers))
+        exchange.unread = False  # so another request may follow
+        exchange.close = (exchange.version == "HTTP/1.0" or self.excess or self.server.draining or
+                          "close" in ",".join(exchange.headers.get_all("Connection", [])).lower())
+        route(exchange)
 
     def linger(self) -> None:
-        """After a refusal read on for a moment: closing a socket that has unread bytes resets the
-        connection, and the client would see that instead of the refusal."""
+        """Read on for a moment. Closing with unread bytes is a reset, which hides the refusal."""
         with contextlib.suppress(OSError):  # the client is gone already
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(LINGER_SECONDS)
@@ -2116,20 +2071,18 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             while time.monotonic() < deadline and self.connection.recv(SLICE_BYTES):
                 pass
 
-    def elapsed(self) -> float:
-        """Return the seconds since the request began."""
-        return round(time.monotonic() - self.started, 4)
-
     def observe(self) -> None:
         """Complete the record of this request and pass it on."""
-        record = self.record
+        record, seconds = self.exchange.record, time.monotonic() - self.exchange.started
+        first, tokens = record["first_token_seconds"], record["completion_tokens"]
+        if first is not None:
+            record["first_token_seconds"] = round(first, 4)
+            if tokens:
+                record["tokens_per_second"] = round(tokens / max(seconds - first, 0.0001), 1)
         record.update(
-            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), seconds=self.elapsed(),
-            client=self.client_address[0], status=record["status"] or 499,  # nginx's number
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
+            seconds=round(seconds, 4), status=record["status"] or 499,  # nginx's number
             ignored=[name[:MAX_NAME] for name in (record["ignored"] or [])[:MAX_IGNORED_NAMES]])
-        if record["completion_tokens"] and record["first_token_seconds"] is not None:
-            seconds = max(record["seconds"] - record["first_token_seconds"], 0.0001)
-            record["tokens_per_second"] = round(record["completion_tokens"] / seconds, 1)
         self.server.observer.observe(record)
 
 
@@ -2149,7 +2102,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.observer = Observer(settings.log, self.hooks.get("observe"))
         self.upstream = Upstream(settings.upstream, upstream_key)
         self.draining = self.stopping = False  # no new requests; no more answers either
-        self.connections, self._lock = 0, threading.Lock()
+        self.connections: set[Any] = set()  # whose add() and discard() need no lock
         host = str(settings.listen.hostname)
         if not (self.gate.keys or self.gate.hook or settings.insecure or all(
                 ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback
@@ -2169,8 +2122,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
                                  f"{settings.tls_key or 'in the same file'}: {error}") from None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, settings.listen.port or 0), ProxyHandler)
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # an address that works
-        shown = f"[{shown}]" if ":" in shown else shown
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(  # an address that works
+            host, f"[{host}]" if ":" in host else host)
         self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.server_port}"
 
     def server_bind(self) -> None:
@@ -2183,19 +2136,17 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         connection, address = super().get_request()
         if self._tls:
             connection = self._tls.wrap_socket(connection, True, do_handshake_on_connect=False)
-        with self._lock:
-            self.connections += 1
+        self.connections.add(connection)
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Close connections that are far too many; some above the limit still get a 503."""
-        return bool(self.connections <= self.settings.max_connections + MAX_EXTRA)
+        return bool(len(self.connections) <= self.settings.max_connections + MAX_EXTRA)
 
     def shutdown_request(self, request: Any) -> None:
         """End a connection. The base class sends a FIN first, which would hide a reset."""
         self.close_request(request)
-        with self._lock:
-            self.connections -= 1
+        self.connections.discard(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what goes wrong before a request, but not clients that leave."""
@@ -2206,8 +2157,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             say_traceback()
 
     def drain(self) -> bool:
-        """Let running requests end, for DRAIN_SECONDS at most; the rest end with an error. Returns
-        whether all answers were complete."""
+        """Let requests end, for DRAIN_SECONDS at most; return whether all answers were complete."""
         self.draining = True
         self.shutdown()
         self.server_close()

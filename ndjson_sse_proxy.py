@@ -9,8 +9,7 @@ Ollama streams an answer as NDJSON: one JSON object per line, in a chunked HTTP 
     {"model":"m","message":{"role":"assistant","content":"lo"},"done":false}\n
     {"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}\n
 
-OpenAI-style clients read server-sent events (SSE): frames of `data:` lines, each ended by a blank
-line. The deltas add up to the message.
+OpenAI-style clients read server-sent events (SSE), whose deltas add up to the message:
 
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"role":"assistant","content":""},...}]}\n\n
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"content":"Hel"},...}]}\n\n
@@ -24,17 +23,15 @@ How a request flows:
     client <--SSE--- Reply <-- ChatStream <-- records <-- readline() <--------NDJSON-- Ollama
                        '-- PatientReader: waits, sends heartbeats, notices hang-ups --'
 
-Each connection has one thread, and only that thread writes to its client. A translated stream ends
-in exactly one of two ways: a finish_reason and `[DONE]`, or an error frame. A cut answer never
-looks complete.
+Each connection has one thread, the only one that writes to its client. A translated stream ends in
+one of two ways: a finish_reason and `[DONE]`, or an error frame. A cut answer never looks complete.
 
 Read from the top. Section 4 ends with the whole idea in ten lines, `raw_frames`; the rest is what
 real clients need on top. Sections 3 to 6 never touch a socket, a clock or a random number. To
 watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
-What it does not do: it stores nothing, limits no request rates, and fetches nothing but Ollama's
-answers. It asks Ollama twice in one case only (a model that can't think), and adds to a prompt in
-one case only (a forced tool call).
+It stores nothing, limits no request rates, and fetches nothing but Ollama's answers. It asks Ollama
+twice only for a model that can't think, and adds to a prompt only to force a tool call.
 """
 from __future__ import annotations
 
@@ -79,8 +76,7 @@ if TYPE_CHECKING:  # names for annotations, which never run
 __version__ = "0.2.0"
 
 # ---- 1. Limits -----------------------------------------------------------------------------------
-# Every buffer has a limit and every wait times out. Otherwise one client, or one broken Ollama,
-# could take all the memory or all the threads.
+# Every buffer has a limit and every wait times out, or one client could take all memory or threads.
 
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file
 MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures, or a whole answer
@@ -129,16 +125,15 @@ class ProxyError(Exception):
         self.headers, self.detail = list(headers), detail
         lines = ["" if isinstance(pair, str) else ": ".join(pair) for pair in self.headers]
         if (type(status) is not int or not 400 <= status <= 599
-                or not all(isinstance(text, str) for text in (message, param or "", code or ""))
+                or {type(text) for text in (message, param or "", code or "")} != {str}
                 or not all(re.fullmatch("[!-9;-~]+: [ -~\xa0-\xff]*", line) for line in lines)):
             raise ValueError(f"ProxyError{(status, message, param, code, headers)} can't be sent")
 
     def body(self) -> bytes:
         """Return OpenAI's error object in JSON."""
-        kind = ERROR_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else
-                               "server_error")
-        return to_bytes({"error": {"message": self.message, "type": kind, "param": self.param,
-                                   "code": self.code}})
+        general = "invalid_request_error" if self.status < 500 else "server_error"
+        return to_bytes({"error": {"message": self.message, "param": self.param, "code": self.code,
+                                   "type": ERROR_TYPES.get(self.status, general)}})
 
 
 def broken_upstream(what: str) -> ProxyError:
@@ -151,31 +146,28 @@ def cut_upstream(what: str) -> ProxyError:
     return ProxyError(502, f"Ollama's answer was cut off: {what}", code="upstream_cut")
 
 
-LONGER = ("Shorten the messages or use a longer context: set options.num_ctx in the request, or "
-          "start the proxy with --option num_ctx=N. (With --allow-truncation, Ollama would cut "
-          "the messages silently.)")
-SHORTER = ("Shorten the messages: the request already asked for num_ctx {num_ctx}, and the model "
-           "can't use more.")
+LONGER = ("Shorten the messages, or set options.num_ctx in the request or --option num_ctx=N on "
+          "the proxy. (With --allow-truncation, Ollama would cut the messages silently.)")
+SHORTER = "Shorten the messages: the request asked for num_ctx {num_ctx}; the model can't use more."
 OVERFLOW = (400, "messages", "context_length_exceeded")
 
 # Ollama's error texts, and the status, param, code and message they become. {0} is the pattern's
-# first group, {schema} the field with the JSON schema, {advice} one of the texts above; an empty
-# message passes Ollama's own on. SDKs retry a 500, so a client's mistake must be a 400.
+# first group, {text} the whole text, {schema} the field with the JSON schema, {advice} one of the
+# texts above. SDKs retry a 500, so a client's mistake must be a 400.
 UPSTREAM_ERRORS = [
     (r"request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)", *OVERFLOW,
      ("This model's maximum context length is {1} tokens. However, your messages resulted in {0} "
       "tokens. {advice}")),
     ("input length exceeds the context length|prompt is longer than the context length", *OVERFLOW,
-     ("This model's maximum context length is exceeded by your messages (Ollama gave no token "
-      "counts). {advice}")),
+     "This model's maximum context length is exceeded by your messages. {advice}"),
     (r"^model ['\"](.+?)['\"] not found", 404, "model", "model_not_found",
      "model '{0}' not found; run `ollama pull {0}` on the Ollama machine"),
-    (r'^option "(.+?)" must be of type', 400, "options.{0}", None, ""),
+    (r'^option "(.+?)" must be of type', 400, "options.{0}", None, "{text}"),
     (r"^invalid format: |(?i:unsupported \$ref|json schema|resolving ref|parse grammar)", 400,
      "{schema}", None, "Ollama can't use the schema in '{schema}': {text}"),
-    (r"^invalid think value: |does not support thinking", 400, "think", None, ""),
-    (r"^time: .*invalid duration", 400, "keep_alive", None, ""),
-    (r"does not support tools", 400, "tools", None, ""),
+    (r"^invalid think value: |does not support thinking", 400, "think", None, "{text}"),
+    (r"^time: .*invalid duration", 400, "keep_alive", None, "{text}"),
+    (r"does not support tools", 400, "tools", None, "{text}"),
 ]
 
 
@@ -187,29 +179,27 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
     >>> upstream_error({"error": "{\"error\":{\"code\":400,\"message\":\"too long\"}}"}).message
     'too long'
     """
-    wanted = wanted or {}
     for _ in range(5):
-        if isinstance(value, dict) and ("error" in value or "message" in value):
-            value = value.get("error") or value.get("message")
-        elif isinstance(value, str) and value.lstrip().startswith("{"):
+        if isinstance(value, dict):
+            value = value.get("error") or value.get("message") or value
+        elif isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = parse_object(value)
     text = (value if isinstance(value, str) else to_json(value)).strip()[:2000]
+    words = {"num_ctx": 0, "schema": "response_format", **(wanted or {}), "text": text}
     for pattern, new_status, param, code, message in UPSTREAM_ERRORS:
         match = re.search(pattern, text, re.DOTALL)
         if match:
-            limit = int(match[2]) if len(match.groups()) > 1 else float("inf")
-            advice = LONGER if wanted.get("num_ctx", 0) <= limit else SHORTER.format(**wanted)
-            words = {"text": text, "schema": wanted.get("schema", "response_format"),
-                     "advice": advice}
-            message = message.format(*match.groups(), **words) if message else text
-            return ProxyError(new_status, message, param.format(*match.groups(), **words), code)
+            found = match.groups()
+            useless = len(found) > 1 and words["num_ctx"] > int(found[1])
+            words["advice"] = SHORTER.format(**words) if useless else LONGER
+            return ProxyError(new_status, message.format(*found, **words),
+                              param.format(*found, **words), code)
     return ProxyError(status, text or "Ollama failed without a reason", code="upstream_error")
 
 
 # ---- 3. NDJSON in: lines to records --------------------------------------------------------------
-# Each line is one JSON object. Only the record with "done": true completes an answer: after a cut,
-# HTTP's own end of the body can look the same.
+# Only the record with "done": true completes an answer: after a cut, HTTP's own end can look right.
 
 
 def finite_number(text: str) -> float:
@@ -237,10 +227,7 @@ def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> J
 
 
 def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
-    """Return a member of an object from Ollama, or its type's empty value if null or absent.
-
-    Raises ProxyError 502 for another type, or if it is needed and absent.
-    """
+    """Return a member of an object from Ollama, or an empty one; raise a 502 for another type."""
     value = record.get(name) if isinstance(record, dict) else None
     if type(value) is kind:  # not isinstance(): in Python, but not in JSON, True is an int
         return value
@@ -255,10 +242,7 @@ def show(data: bytes) -> str:
 
 
 def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
-    r"""Turn lines into (line, record) pairs; skip blank lines.
-
-    Raises ProxyError 502 for a line that is not a JSON object or longer than MAX_LINE_BYTES, and
-    for input that ends inside a line.
+    r"""Turn lines into (line, record) pairs. Raises ProxyError 502 for a bad, long or cut line.
 
     >>> list(records([b'{"a":1}\r\n', b'\n', b'{"b":2}']))  # the last newline may be missing
     [(b'{"a":1}', {'a': 1}), (b'{"b":2}', {'b': 2})]
@@ -267,24 +251,20 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
         if len(line) > MAX_LINE_BYTES:
             raise broken_upstream(f"a line longer than {MAX_LINE_BYTES} bytes")
         text = line.strip()
-        if text:
-            try:
-                record = parse_object(text)
-            except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
-                if not line.endswith(b"\n"):
-                    raise cut_upstream(f"it ended inside a line, {show(text)}") from None
-                raise broken_upstream(f"a line that is not a JSON object, {show(text)}") from None
-            yield text, record
+        try:
+            if text:
+                yield text, parse_object(text)
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
+            if not line.endswith(b"\n"):
+                raise cut_upstream(f"it ended inside a line, {show(text)}") from None
+            raise broken_upstream(f"a line that is not a JSON object, {show(text)}") from None
 
 
 # ---- 4. SSE out: values to frames ----------------------------------------------------------------
-# A frame is one or more `data:` lines and a blank line, which says that the frame is complete. A
-# newline in the text would end it too early. JSON writes newlines as \n, so JSON is safe; other
-# data of several lines becomes several `data:` lines, which readers join again.
+# A frame is one or more `data:` lines and a blank line, which completes it. JSON writes newlines as
+# \n, so it takes one line; other data may take several, which readers join again.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-# Legal in JSON and in SSE, but some clients (httpx's iter_lines(), for one) split lines at them.
-UNICODE_LINE_ENDS = {"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
 
 def to_json(value: Any) -> str:
@@ -301,9 +281,9 @@ def to_bytes(value: Any) -> bytes:
 
 
 def escape_line_ends(data: bytes) -> bytes:
-    """Escape what some readers take for line ends."""
-    for char, escape in () if data.isascii() else UNICODE_LINE_ENDS.items():
-        data = data.replace(char.encode(), escape.encode())
+    """Escape what JSON and SSE allow, but readers like httpx's iter_lines() take for line ends."""
+    for char in "" if data.isascii() else "\x85\u2028\u2029":
+        data = data.replace(char.encode(), b"\\u%04x" % ord(char))
     return data
 
 
@@ -317,11 +297,9 @@ def sse_event(data: Any, field: bytes = b"data: ") -> bytes:
     return b"".join(b"%b%b\n" % (field, line) for line in data.splitlines()) + b"\n"
 
 
-# Comments, which every client skips, are for people who watch the stream.
-sse_comment = functools.partial(sse_event, field=b": ")
+sse_comment = functools.partial(sse_event, field=b": ")  # for people: every client skips it
 
-# Not JSON, and not part of SSE: OpenAI's own sign that nothing was lost. HTTP marks the end of the
-# body, too, but many libraries and proxies hide whether the mark was there.
+# OpenAI's own sign that nothing was lost. HTTP marks the end, too, but many libraries hide that.
 SSE_DONE = sse_event(b"[DONE]")
 
 
@@ -346,14 +324,21 @@ def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[byte
 
 
 # ---- 5. Stream: Ollama's records to OpenAI's chunks ----------------------------------------------
-# A chunk is an envelope, the same throughout a stream, around one choice with its delta. A state
-# machine makes the choices. A record after DONE or FAILED breaks the protocol; input that ends in
-# any state but DONE was cut.
+# A chunk is an envelope, the same throughout a stream, around one choice with its delta. Input that
+# ends in any state but DONE was cut.
 #
-#     START --record--> STREAMING --record with "done": true--> DONE
-#     START or STREAMING --record with "error", or one that makes no sense--> FAILED
+#     START --record or heartbeat--> STREAMING --record with "done": true--> DONE
+#     any state --record with "error", or one that makes no sense there--> FAILED
 
 START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
+
+
+def choice(delta: Json, finish_reason: str | None = None) -> Json:
+    """Return a chunk's only choice."""
+    return {"index": 0, "delta": delta, "finish_reason": finish_reason}
+
+
+OPENING = choice({"role": "assistant", "content": ""})  # before everything else, and only once
 
 
 class ChatStream:
@@ -370,14 +355,12 @@ class ChatStream:
 
     def __init__(self, model: str, stream_id: str, created: int,
                  wanted: Json | None = None) -> None:
-        self.state = START
+        self.state, self._wanted = START, wanted or {}
         self.tokens = 0, 0  # of the prompt and the answer, known once it is DONE
         self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
                          "model": model, "system_fingerprint": "fp_ollama"}
         # All but the ]} at its end: a stream serialises its envelope only once.
         self._head = b"data: " + to_bytes({**self.envelope, "choices": []})[:-2]
-        self._wanted = wanted or {}
-        self._opened = False  # whether the role has been sent
         self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is complete
 
@@ -391,20 +374,22 @@ class ChatStream:
         done = member(record, "done", bool)
         deltas = list(self._deltas(member(record, "message", dict, needed=not done)))
         reason = self._finish(record, deltas) if done else None
-        choices = self._opening()
+        choices = [OPENING] if before == START else []
         if record.get("logprobs"):
+            tokens = [{"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
+                      for token in member(record, "logprobs", list)]
             choices.append({**choice(deltas.pop(0) if deltas else {"content": ""}),
-                            "logprobs": self._logprobs(record)})
+                            "logprobs": {"refusal": None, "content": tokens}})
         choices += map(choice, deltas)
         self.state = DONE if done else STREAMING
         return choices + [choice({}, reason)] if reason else choices
 
     def heartbeat(self) -> list[bytes]:
-        """Return the frames to send while Ollama is silent: an empty delta.
-
-        LangChain gives up after 120 s without a chunk, and Continue ends its stream at a comment.
-        """
-        return list(map(self.frame, [*self._opening(), choice({})]))
+        """Return an empty delta for a silence, not a comment: Continue ends its stream at one."""
+        if self.state != START:
+            return [self.frame(choice({}))]
+        self.state = STREAMING
+        return [self.frame(OPENING)]
 
     def frame(self, choice: Json) -> bytes:
         """Return the frame for one choice."""
@@ -412,15 +397,9 @@ class ChatStream:
 
     def with_usage(self, choices: list[Json]) -> Json:
         """Return an object with these choices and the token counts: a stream's last chunk."""
-        prompt, completion = self.tokens
-        return {**self.envelope, "choices": choices, "usage": {
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion}}
-
-    def _opening(self) -> list[Json]:
-        """The role, before everything else and only once."""
-        opened, self._opened = self._opened, True
-        return [] if opened else [choice({"role": "assistant", "content": ""})]
+        usage = {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1],
+                 "total_tokens": sum(self.tokens)}
+        return {**self.envelope, "choices": choices, "usage": usage}
 
     def _deltas(self, message: Json) -> Iterator[Json]:
         """One delta for each part of a message: many clients read only one part of a delta."""
@@ -432,22 +411,15 @@ class ChatStream:
         elif content:
             yield {"content": content}
         for call in member(message, "tool_calls", list):
-            function = member(call, "function", dict, needed=True)
-            arguments = function.get("arguments")  # a string from servers that copy Ollama
-            if not isinstance(arguments, str):
-                arguments = to_json(member(function, "arguments", dict))
+            function, call_id = member(call, "function", dict, needed=True), member(call, "id", str)
             if len(self._call_ids) < self._wanted.get("max_calls", 1 << 30):
-                yield self._tool_call(member(function, "name", str, needed=True), arguments,
-                                      member(call, "id", str))
+                yield self._tool_call(function, call_id)
 
-    def _logprobs(self, record: Json) -> Json:
-        """OpenAI's form, in which top_logprobs is always there."""
-        return {"refusal": None, "content": [
-            {"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
-            for token in member(record, "logprobs", list)]}
-
-    def _tool_call(self, name: str, arguments: str, call_id: str = "") -> Json:
+    def _tool_call(self, function: Json, call_id: str = "") -> Json:
         """A complete call. Ollama's may lack an id or all say index 0, so we number them here."""
+        name, arguments = member(function, "name", str, needed=True), function.get("arguments")
+        if not isinstance(arguments, str):  # a string from servers that copy Ollama
+            arguments = to_json(member(function, "arguments", dict))
         index = len(self._call_ids)
         if not call_id or call_id in self._call_ids:
             call_id = f"call_{self.envelope['id']}_{index}"
@@ -461,33 +433,17 @@ class ChatStream:
         self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
         if min(self.tokens) < 0:
             raise broken_upstream(f"a negative token count in {show(to_bytes(record))}")
-        text, whole = "".join(self._text), True
-        if text.strip():
-            delta, whole = self._forced_call(text)
-            deltas.append(delta)
+        text, reason = "".join(self._text), record.get("done_reason")
+        if text.strip():  # `format` made the model write {"name": ..., "arguments": ...}
+            try:
+                deltas.append(self._tool_call(parse_object(text)))
+            except ValueError:  # cut: keep the arguments that came; without a name it stays text
+                reason = "length"
+                start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
+                deltas.append(self._tool_call({"name": start[1], "arguments": text[start.end():]})
+                              if start else {"content": text})
         # Old versions give no reason; load and unload answer a chat without messages.
-        if record.get("done_reason") == "length" or not whole:
-            return "length"
-        return "tool_calls" if self._call_ids else "stop"
-
-    def _forced_call(self, text: str) -> tuple[Json, bool]:
-        """Turn what `format` made the model write into a call; say if it is complete.
-
-        A cut one has its arguments as far as they came; without a name it stays text.
-        """
-        try:
-            call = parse_object(text)
-            return self._tool_call(member(call, "name", str, needed=True),
-                                   to_json(member(call, "arguments", dict))), True
-        except ValueError:
-            start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
-            return (self._tool_call(start[1], text[start.end():]) if start
-                    else {"content": text}), False
-
-
-def choice(delta: Json, finish_reason: str | None = None) -> Json:
-    """Return a chunk's only choice."""
-    return {"index": 0, "delta": delta, "finish_reason": finish_reason}
+        return "length" if reason == "length" else "tool_calls" if self._call_ids else "stop"
 
 
 def translate(lines: Iterable[bytes], stream: ChatStream,
@@ -517,9 +473,8 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
     logprobs, calls = parts.pop("logprobs"), parts.pop("tool_calls", [])
     message: Json = {name: "".join(texts) for name, texts in parts.items()}
     if calls:  # their order in the array replaces the index
-        message["content"] = message["content"] or None
-        message["tool_calls"] = [{key: call[key] for key in call if key != "index"}
-                                 for call in calls]
+        calls = [{key: call[key] for key in call if key != "index"} for call in calls]
+        message.update(content=message["content"] or None, tool_calls=calls)
     whole: Json = {"index": 0, "message": message, "finish_reason": part["finish_reason"]}
     if logprobs:
         whole["logprobs"] = {"refusal": None, "content": logprobs}
@@ -905,25 +860,21 @@ class Patience:
     """What to do before a wait for Ollama and during it. Reply, in section 9, does more."""
 
     def __init__(self, stopping: Callable[[], bool], idle_timeout: float) -> None:
-        self._stopping, self._idle_timeout = stopping, idle_timeout
-        self._deadline = 0.0
+        self._stopping, self._idle_timeout, self._deadline = stopping, idle_timeout, 0.0
 
     def before(self) -> None:
         """Called before each wait."""
-        self._check_stop()  # here, too: a fast stream is never silent
         self._deadline = time.monotonic() + self._idle_timeout
+        Patience.silence(self)  # here, too: a fast stream is never silent, but must stop
 
     def silence(self) -> None:
         """Called after each tick of silence. Raises ProxyError 503 or 504 to end the wait."""
-        self._check_stop()
-        if time.monotonic() > self._deadline:
-            raise ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
-                             "(--idle-timeout)", code="upstream_timeout")
-
-    def _check_stop(self) -> None:
         if self._stopping():
             raise ProxyError(503, "the proxy stopped before the answer was complete",
                              code="proxy_stopped")
+        if time.monotonic() > self._deadline:
+            raise ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
+                             "(--idle-timeout)", code="upstream_timeout")
 
 
 class PatientReader(io.RawIOBase):
@@ -976,11 +927,6 @@ def body_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
         raise cut_upstream(f"{response.length} bytes are missing")
 
 
-def read_whole(response: http.client.HTTPResponse) -> bytes:
-    """Read a body in one piece. Raises ProxyError 502 if it is cut, or too large to keep."""
-    return b"".join(at_most(MAX_BODY_BYTES, body_pieces(response)))
-
-
 def at_most(limit: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield the same pieces. Raises ProxyError 502 if they are too large to keep."""
     for piece in pieces:
@@ -995,14 +941,14 @@ def read_object(response: http.client.HTTPResponse) -> Json:
     if response.status != 200:
         raise refusal(response)
     try:
-        return parse_object(read_whole(response))
+        return parse_object(b"".join(at_most(MAX_BODY_BYTES, body_pieces(response))))
     except ValueError as error:
         raise broken_upstream(f"not a JSON object: {error}") from None
 
 
 def refusal(response: http.client.HTTPResponse, wanted: Json | None = None) -> ProxyError:
     """Return what Ollama says under another status than 200: {"error": "text"}, as a rule."""
-    body = read_whole(response)
+    body = b"".join(at_most(MAX_BODY_BYTES, body_pieces(response)))
     try:
         error = upstream_error(parse_object(body), max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
@@ -1019,23 +965,22 @@ def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
 
 def media_type(response: http.client.HTTPResponse) -> str:
     """Return the Content-Type without its parameters."""
-    return response.getheader("Content-Type", "").partition(";")[0].strip().lower()
+    return response.headers.get_content_type()
 
 
 class Upstream:
     """An Ollama at a URL."""
 
     def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
-        self.url = url
+        self.url, host = url, url.hostname or ""
         # 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is not an address to connect to.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname or "", url.hostname or "")
-        # All connections share the TLS context, which takes long to make.
-        self._connection: Callable[[], http.client.HTTPConnection] = functools.partial(
-            http.client.HTTPSConnection, host, url.port, timeout=CONNECT_SECONDS,
-            context=ssl.create_default_context()) if url.scheme == "https" else functools.partial(
-            http.client.HTTPConnection, host, url.port, timeout=CONNECT_SECONDS)
-        self._headers = {"Connection": "close", **(
-            {"Authorization": f"Bearer {api_key}"} if api_key else {})}
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        make: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        if url.scheme == "https":  # one TLS context for all connections: it takes long to make
+            make = functools.partial(http.client.HTTPSConnection,
+                                     context=ssl.create_default_context())
+        self._connection = functools.partial(make, host, url.port, timeout=CONNECT_SECONDS)
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     @contextlib.contextmanager
     def request(self, patience: Patience, method: str, path: str, body: bytes | None = None,
@@ -1054,19 +999,19 @@ class Upstream:
         with contextlib.closing(self._connection()) as connection:
             self._connect(connection)
             connection.response_class = patient_response  # type: ignore[assignment]
+            fields = {"Content-Type": "application/json", **(headers or {}), **self._headers,
+                      "Connection": "close"}
             try:
-                connection.request(method, self.url.path + path, body, {
-                    "Content-Type": "application/json", **(headers or {}), **self._headers})
+                connection.request(method, self.url.path + path, body, fields)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # Ollama may refuse a large body, and hang up, before all of it is sent
             except OSError as error:
                 raise cut_upstream(type(error).__name__) from error
             connection.sock.settimeout(TICK_SECONDS)
             with contextlib.closing(ask(connection.getresponse)) as response:
-                framing = [response.getheader("Transfer-Encoding", "chunked").lower(),
-                           response.getheader("Content-Length", "0")]
-                if response.status < 200 or not re.fullmatch("chunked [0-9]{1,18}",
-                                                             " ".join(framing)):
+                framing = (response.getheader("Transfer-Encoding", "chunked").lower() + " " +
+                           response.getheader("Content-Length", "0"))
+                if response.status < 200 or not re.fullmatch("chunked [0-9]{1,18}", framing):
                     raise broken_upstream(f"status {response.status}, {framing}"[:200])
                 yield response
 
@@ -1077,18 +1022,16 @@ class Upstream:
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
                 raise ProxyError(503, "the proxy has no file descriptors left", code="proxy_busy",
                                  headers=[("Retry-After", "1")]) from error
-            raise ProxyError(
-                502, "can't reach Ollama; is it running (`ollama serve`), and is the proxy's "
-                "--upstream right?", code="upstream_unreachable",
-                detail=f"{self.url.geturl()}: {error}") from error
+            raise ProxyError(502, "can't reach Ollama; is it running (`ollama serve`), and is the "
+                             "proxy's --upstream right?", code="upstream_unreachable",
+                             detail=f"{self.url.geturl()}: {error}") from error
         connection.sock.settimeout(CLIENT_SECONDS)
 
 
 SSE_ENDS = (b"data: [DONE]", b"event: message_stop", b"event: response.completed",
             b"event: response.incomplete", b"event: response.failed", b"event: error")
-TOKEN_COUNTS = {name: re.compile(b'"(?:' + names + rb')": ?(\d{1,9})[,}\s]') for name, names in (
-    ("prompt_tokens", b"prompt_eval_count|input_tokens|prompt_tokens"),
-    ("completion_tokens", b"eval_count|output_tokens|completion_tokens"))}
+TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
+                         rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
 class EndMarks:
@@ -1100,9 +1043,9 @@ class EndMarks:
 
     def __init__(self, kind: str) -> None:
         self.kind, self.failed, self.empty = kind, False, True
-        self.counts: Json = {}
         self._ended = kind not in (NDJSON, SSE)  # other bodies have only HTTP's end
         self._last_event = False  # whether the present event is the last one
+        self.counts: Json = {}
         self._line = bytearray()  # the last line so far
 
     def feed(self, data: bytes) -> None:
@@ -1125,18 +1068,17 @@ class EndMarks:
         return self._ended
 
     def _see(self, line: bytearray) -> None:
-        for name, pattern in TOKEN_COUNTS.items():
-            for count in pattern.findall(line[-TAIL_BYTES:])[-1:]:
-                self.counts[name] = int(count)
+        for count in TOKEN_COUNT.finditer(line[-TAIL_BYTES:]):
+            self.counts["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
         if self.kind == SSE:
-            if line in SSE_ENDS:
-                self._last_event, self.failed = True, self.failed or line in SSE_ENDS[-2:]
-            self._ended = self._ended or self._last_event and not line
+            self._last_event |= line in SSE_ENDS
+            self.failed |= line in SSE_ENDS[-2:]
+            self._ended |= self._last_event and not line
         elif self.kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
             with contextlib.suppress(ValueError):
                 record = parse_object(bytes(line))
-                self.failed = self.failed or "error" in record
-                self._ended = self._ended or self.failed or record.get("done") is True
+                self.failed |= "error" in record
+                self._ended |= self.failed or record.get("done") is True
 
 
 # ---- 8. Authenticate, shape, observe -------------------------------------------------------------
@@ -1146,11 +1088,7 @@ class EndMarks:
 
 
 def printable(text: str) -> str:
-    r"""Escape everything that a terminal might obey.
-
-    >>> printable("a\x1b[2J\nb")
-    'a\\x1b[2J\\nb'
-    """
+    """Escape everything that a terminal might obey."""
     return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
@@ -1215,36 +1153,33 @@ class Keys:
     def __init__(self, given: list[tuple[str, str]], path: str) -> None:
         self._given, self._path, self._lock = list(given), path, threading.Lock()
         self._stamp: object = None  # of the file when it was read
-        self._warning = ""  # the last one, which is given once
+        self._warning = ""  # at the last look-up
         self._store([])
-        if path and not self._read():
-            raise ValueError(f"{path} has no keys")
+        if path:
+            self._read(starting=True)
 
     def owner(self, key: str) -> str | None:
         """Return the name of the key's owner, or None."""
-        warning = ""
         with self._lock:  # or a slower thread could store an older version last
+            before, self._warning = self._warning, ""
             try:
                 if self._path:
                     self._read()
             except (OSError, ValueError) as error:
-                warning = f"warning: the previous keys stay valid: {printable(str(error))}"
-            if warning not in ("", self._warning):
-                say(warning)
-            self._warning = warning
+                self._warning = f"warning: the previous keys stay valid: {printable(str(error))}"
+                if self._warning != before:
+                    say(self._warning)
         return self.owners.get(hashlib.sha256(key.encode("utf-8", "replace")).digest())
 
-    def _read(self) -> bool:
-        """Read the file if it has changed; return whether it then has keys. Raises OSError or
-        ValueError, and the previous keys stay."""
-        status, number = os.stat(self._path), 1
+    def _read(self, starting: bool = False) -> None:
+        """Read the file if it has changed. Raises OSError or ValueError, and the keys stay."""
+        status, keys, number = os.stat(self._path), [], 1
         stamp = status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
         if stamp == self._stamp:
-            return True
+            return
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_KEY_FILE_BYTES:
-            raise ValueError(f"{self._path} is not a regular file of at most "
-                             f"{MAX_KEY_FILE_BYTES} bytes")
-        keys, young = [], abs(time.time() - status.st_mtime) < YOUNG_SECONDS
+            raise ValueError(f"{self._path} isn't a regular file up to {MAX_KEY_FILE_BYTES} bytes")
+        young = abs(time.time() - status.st_mtime) < YOUNG_SECONDS
         with open(self._path, encoding="utf-8-sig") as file:  # Windows editors add a BOM
             self._stamp = None if young else stamp  # a coarse clock hides a second change
             try:
@@ -1253,10 +1188,9 @@ class Keys:
                         keys.append(parse_key(line))
             except ValueError as error:
                 raise ValueError(f"{self._path}, line {number}: {error}") from None
-        if young and not keys:
-            raise ValueError(f"{self._path} is empty; perhaps it is still being written")
+        if not keys and (starting or young):
+            raise ValueError(f"{self._path} has no keys; perhaps it is still being written")
         self._store(keys)
-        return bool(keys)
 
     def _store(self, keys: list[tuple[str, str]]) -> None:
         # By SHA-256, so that the time of a look-up says nothing about the keys.
@@ -1276,11 +1210,11 @@ LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
                           r"|(app|file|tauri|vscode-webview)://.*")
 
 
-class Gate:
+class Gate(NamedTuple):
     """Decides which web pages and which callers get in."""
 
-    def __init__(self, keys: Keys | None, hook: Callable[[Any], Any] | None) -> None:
-        self.keys, self.hook = keys, hook
+    keys: Keys | None
+    hook: Callable[[Any], Any] | None
 
     def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
         """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
@@ -1289,24 +1223,22 @@ class Gate:
         local, since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the
         Origin, since browsers let any page send a simple POST anywhere.
         """
-        origin, host = headers.get("Origin"), headers.get("Host", "localhost").lower()
+        origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
         match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", host, re.ASCII)
         if not match:
             raise ProxyError(400, "the Host header is malformed")
-        if self.keys and not self.hook:
-            allowed = "*"
-        elif not LOCAL_HOST.fullmatch(match[1]) and match[1] != socket.gethostname().lower():
+        any_page = self.keys and not self.hook
+        if not (any_page or LOCAL_HOST.fullmatch(match[1])
+                or match[1] == socket.gethostname().lower()):
             raise ProxyError(403, f"the Host {match[1]} is not local; set keys to allow any Host",
                              code="host_not_allowed")
-        elif origin and origin.partition("://")[2] != host and not LOCAL_ORIGIN.fullmatch(origin):
+        if origin and not (any_page or origin.partition("://")[2] == host
+                           or LOCAL_ORIGIN.fullmatch(origin)):
             raise ProxyError(403, f"web pages from {printable(origin[:200])} can't use this proxy; "
                              "set keys to allow any page", code="origin_not_allowed")
-        else:
-            allowed = origin or ""
-        exposed = "x-request-id, retry-after, x-ignored-fields"
-        return [] if origin is None else [
-            ("Access-Control-Allow-Origin", allowed), ("Vary", "Origin"),
-            ("Access-Control-Expose-Headers", exposed)]
+        return [("Access-Control-Allow-Origin", "*" if any_page else origin), ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-ignored-fields")
+                ] if "Origin" in headers else []
 
     def authenticate(self, headers: http.client.HTTPMessage) -> str | None:
         """Return the caller's name, or None if nobody needs a key. Raises ProxyError 401."""
@@ -1339,8 +1271,8 @@ class Shaper:
 
     def changes(self, route: str) -> bool:
         """Return whether requests to this route may be changed, and so must be read."""
-        defaults = self._options or self._keep_alive is not None
-        return bool(self.hook or self.aliases or defaults and route in TAKE_OPTIONS)
+        return bool(self.hook or self.aliases or route in TAKE_OPTIONS and (
+            self._options or self._keep_alive is not None))
 
     def shape(self, route: str, body: Json, caller: str | None) -> Json:
         """Return the body to use instead. A hook may raise ProxyError to refuse."""
@@ -1363,7 +1295,7 @@ RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
     "detail", "ignored")
-BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # up to a cold model's load
+BUCKETS = 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, "+Inf"  # a cold load is slow
 METRICS = {  # name after ndjson_sse_proxy_: type, help
     "requests_total": ("counter", "Requests, by route and status."),
     "active_requests": ("gauge", "Requests being answered."),
@@ -1380,43 +1312,46 @@ class Observer:
 
     def __init__(self, log: str, hook: Callable[[Json], Any] | None) -> None:
         self._format: Callable[[Json], str] = log_line if log == "text" else json.dumps
-        self._hook, self._lock = hook, threading.Lock()
-        # (metric, sample) -> value. Samples come from sets that clients can't grow: routes,
+        self._hook, self._lock = hook, threading.RLock()
+        # Metric -> labels -> value. Labels come from sets that clients can't grow: routes,
         # statuses, and models that Ollama has answered for.
-        self._counts: dict[tuple[str, str], float] = {
-            ("active_requests", ""): 0, ("client_hangups_total", ""): 0}
-        self._models: set[str] = set()
+        self._values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
+        self._values["client_hangups_total"][""] = 0
 
     @property
     def active(self) -> int:
         """The number of requests being answered."""
-        return int(self._counts["active_requests", ""])
+        return int(self._values["active_requests"].get("", 0))
 
-    def count(self, metric: str, sample: str = "", amount: float = 1) -> None:
+    def count(self, metric: str, labels: str = "", amount: float = 1) -> None:
         """Add to a counter or a gauge."""
         with self._lock:
-            self._counts[metric, sample] = self._counts.get((metric, sample), 0) + amount
+            self._values[metric][labels] = self._values[metric].get(labels, 0) + amount
 
     def observe(self, record: Json) -> None:
         """Count and log a request that has ended, then call the hook."""
-        route, status, error = record["route"], record["status"], record["error"] or ""
-        self.count("requests_total", f'{{route="{route}",status="{status}"}}')
-        if record["end"] == "client hang-up":
-            self.count("client_hangups_total")
-        if error.startswith("upstream_"):
-            self.count("upstream_errors_total", f'{{kind="{error[len("upstream_"):]}"}}')
-        if record["completion_tokens"] is not None:
-            model = self._model_label(record["model"] or "other")
-            for kind in "prompt", "completion":
-                self.count("tokens_total", f'{{model="{model}",kind="{kind}"}}',
-                           record[f"{kind}_tokens"] or 0)
-        for name in "first_token_seconds", "request_seconds":
-            seconds = record[name.replace("request_", "")]
-            for limit in (*BUCKETS, "+Inf") if seconds is not None else ():
-                self.count(name, f'_bucket{{le="{limit}"}}', seconds <= float(limit))
-            if seconds is not None:
-                self.count(name, "_sum", seconds)
-                self.count(name, "_count")
+        source, _, kind = (record["error"] or "").partition("_")
+        with self._lock:
+            self.count("requests_total", '{{route="{route}",status="{status}"}}'.format(**record))
+            self.count("client_hangups_total", amount=record["end"] == "client hang-up")
+            if source == "upstream":
+                self.count("upstream_errors_total", f'{{kind="{kind}"}}')
+            if record["completion_tokens"] is not None:
+                samples, model = self._values["tokens_total"], record["model"] or "other"
+                model = re.sub(r'(["\\])', r"\\\1", model).replace("\n", "\\n")
+                new = f'{{model="{model}",kind="prompt"}}' not in samples
+                if new and len(samples) >= 2 * MAX_MODEL_LABELS:
+                    model = "other"
+                for kind in "prompt", "completion":
+                    self.count("tokens_total", f'{{model="{model}",kind="{kind}"}}',
+                               record[f"{kind}_tokens"] or 0)
+            for name, seconds in (("first_token_seconds", record["first_token_seconds"]),
+                                  ("request_seconds", record["seconds"])):
+                if seconds is not None:
+                    for limit in BUCKETS:
+                        self.count(name, f'_bucket{{le="{limit}"}}', seconds <= float(limit))
+                    self.count(name, "_sum", seconds)
+                    self.count(name, "_count")
         say(self._format(record))
         if self._hook:
             try:
@@ -1426,21 +1361,14 @@ class Observer:
 
     def metrics(self) -> str:
         """Return the counters in Prometheus' text format."""
+        lines = []
         with self._lock:
-            counts, lines = list(self._counts.items()), []
-        for name, (kind, text) in METRICS.items():
-            full = f"ndjson_sse_proxy_{name}"
-            lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-            lines += [f"{full}{sample} {value:.15g}"
-                      for (metric, sample), value in counts if metric == name]
+            for name, (kind, text) in METRICS.items():
+                full = f"ndjson_sse_proxy_{name}"
+                lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
+                lines += [f"{full}{labels} {value:.15g}"
+                          for labels, value in self._values[name].items()]
         return "\n".join(lines) + "\n"
-
-    def _model_label(self, name: str) -> str:
-        with self._lock:
-            if len(self._models) < MAX_MODEL_LABELS:
-                self._models.add(name)
-        name = name if name in self._models else "other"
-        return re.sub(r'(["\\])', r"\\\1", name).replace("\n", "\\n")
 
 
 def log_line(record: Json) -> str:
@@ -2178,10 +2106,10 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
     "demo-text": [{"content": word} for word in re.findall(r"\s*\S+", (
         "Hello! Every word here was a line of NDJSON and became a frame of SSE. 你好 🙂\n"
         "This newline did not break its frame."))],
-    "demo-think": [{"thinking": "The question"}, {"thinking": " is open. The answer is known."},
-                   {"content": "It is"}, {"content": " 42."}],
-    "demo-tool": [{"tool_calls": [{"function": {"name": "get_weather",
-                                                "arguments": {"city": "Paris"}}}]}],
+    "demo-think": [{"thinking": "The question is open."}, {"content": "It is"},
+                   {"content": " 42."}],
+    "demo-tool": [{"tool_calls": [
+        {"function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]}],
     "demo-error": [{"content": "This answer"}, {"content": " will not"}, {"content": " be"},
                    {"error": "an error was encountered while running the model: unexpected EOF"}],
 }
@@ -2189,27 +2117,24 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 
 def demo_answer(path: str, body: Json) -> tuple[int, list[Json]]:
     """Return the status and the records for a request."""
-    models: list[Json] = [{"id": name, "object": "model", "created": 1767225600,
-                           "owned_by": "library"} for name in DEMO_MODELS]
-    lists: Json = {"/v1/models": {"object": "list", "data": models}, "/api/ps": {"models": []},
-                   "/api/tags": {"models": [{"name": name} for name in DEMO_MODELS]},
-                   "/api/version": {"version": "0.0.0-demo"}}
-    name, messages = str(body.get("model")), body.get("messages") or [{}]
-    if path in lists:
-        return 200, [lists[path]]
+    if path == "/api/version":
+        return 200, [{"version": "0.0.0-demo"}]
+    if path == "/v1/models":
+        return 200, [{"object": "list", "data": [{"id": name, "object": "model", "created": 0,
+                                                  "owned_by": "library"} for name in DEMO_MODELS]}]
     if path not in ("/api/chat", "/api/generate"):
         return 404, [{"error": f"the demo has no {path}"}]
+    name, last = str(body.get("model")), (body.get("messages") or [{}])[-1]
     if name not in DEMO_MODELS:
         return 404, [{"error": f"model '{name}' not found"}]
     script = DEMO_MODELS[name]
-    if name == "demo-tool" and messages[-1].get("role") == "tool":
-        script = [{"content": f"The tool said: {messages[-1].get('content')}"}]
+    if name == "demo-tool" and last.get("role") == "tool":
+        script = [{"content": f"The tool said: {last.get('content')}"}]
     limit = (body.get("options") or {}).get("num_predict") or len(script)
     head: Json = {"model": name, "created_at": "2026-01-01T00:00:00Z", "done": False}
-    answer = [message if "error" in message else {
-        **head, "response": message.get("content", "")} if path == "/api/generate" else {
-        **head, "message": {"role": "assistant", "content": "", **message}}
-        for message in script[:limit]]
+    answer = [part if "error" in part else {
+        **head, "response": part.get("content", "")} if path == "/api/generate" else {
+        **head, "message": {"role": "assistant", "content": "", **part}} for part in script[:limit]]
     if "error" not in answer[-1]:
         answer.append({**head, "done": True, "prompt_eval_count": 9, "eval_count": len(answer),
                        "done_reason": "length" if limit < len(script) else "stop"})
@@ -2230,11 +2155,9 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", NDJSON if "done" in answer[0] else "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for record in answer:
-            line = to_bytes(record) + b"\n"
+        for line in [to_bytes(record) + b"\n" for record in answer] + [b""]:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
-            time.sleep(self.pace if "done" in record else 0)
-        self.wfile.write(b"0\r\n\r\n")
+            time.sleep(self.pace if len(answer) > 1 else 0)
 
     do_GET = do_POST
 

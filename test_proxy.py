@@ -2638,7 +2638,11 @@ def test_metrics_cannot_be_grown_by_inventing_models_and_paths(start):
         call(server, f"BREW{i}", "/healthz")
     assert "invented" not in str(metrics(server)) and "BREW" not in str(metrics(server))
     observer = proxy_module.Observer("text", None)
-    assert [observer._model_label(f"m{i}") for i in range(102)][-3:] == ["m99", "other", "other"]
+    record = {**dict.fromkeys(proxy_module.RECORD_NAMES), "time": "", "completion_tokens": 1}
+    for i in [*range(102), 99]:
+        observer.observe({**record, "model": f"m{i}"})
+    counted = re.findall('model="(.*)",kind="completion"} (.*)', observer.metrics())
+    assert counted[-3:] == [("m98", "1"), ("m99", "2"), ("other", "2")]
 
 
 # ---- Hooks -------------------------------------------------------------------------------------

@@ -385,7 +385,8 @@ class ChatStream:
         return choices + [choice({}, reason)] if reason else choices
 
     def heartbeat(self) -> list[bytes]:
-        """Return an empty delta for a silence, not a comment: Continue ends its stream at one."""
+        """Return what to send in a silence. Not a comment: LangChain wants chunks, and Continue
+        ends its stream at a comment."""
         if self.state != START:
             return [self.frame(choice({}))]
         self.state = STREAMING
@@ -483,58 +484,50 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
 
 # ---- 6. Request: OpenAI's body to Ollama's -------------------------------------------------------
 # The tables are the specification. To map another field, add a row; to refuse one, add a row with
-# refused("why"). A later row overwrites what an earlier one put in the same place, so the order of
-# the rows is the order of precedence.
+# refused("why"). A later row overwrites what an earlier one put in the same place.
 
-JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,),
-    "object": (dict,), "array": (list,)}
+JSON_TYPES: dict[str, Any] = {"any": object, "string": str, "integer": int, "number": (int, float),
+                              "boolean": bool, "object": dict, "array": list}
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "developer": "system"}
 EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
            "xhigh": "max", "max": "max"}  # Ollama has fewer steps
-IMAGE_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,(.*)", re.DOTALL)
+IMAGE_URL = re.compile("data:image/(?:png|jpe?g|webp|gif);base64,([A-Za-z0-9+/]*={0,2})")
 
 
 def expect(value: Any, types: str, param: str) -> Any:
-    """Return the value if it has one of the JSON types, else raise a 400 that names it.
-
-    >>> expect("high", "integer or string", "effort")
-    'high'
-    """
+    """Return the value if it has one of the JSON types ("integer or string"), else raise a 400."""
     for name in types.split(" or "):  # to Python, but not to JSON, True is an int
-        if name == "any" or (isinstance(value, JSON_TYPES[name])
-                             and isinstance(value, bool) == (name == "boolean")):
+        if isinstance(value, JSON_TYPES[name]) and (
+                not isinstance(value, bool) or name in ("boolean", "any")):
             return value
     raise ProxyError(400, f"'{param}' must be of type {types}", param)
 
 
-def required(source: Json, name: str, types: str, where: str) -> Any:
-    """Return a member that must be there, of one of the types."""
+def required(source: Json, name: str, types: str, where: str = "") -> Any:
+    """Return a member that must be there. `where` is the object's place, such as "tools[0]."."""
     if source.get(name) in (None, ""):
-        raise ProxyError(400, f"'{where}.{name}' is missing or empty", f"{where}.{name}")
-    return expect(source[name], types, f"{where}.{name}")
+        raise ProxyError(400, f"'{where}{name}' is missing or empty", where + name)
+    return expect(source[name], types, where + name)
 
 
 def each(items: list[Any], param: str) -> Iterator[tuple[str, Json]]:
-    """Yield the objects of an array, each with its name in the request: ("tools[0]", {...})."""
+    """Yield the objects of an array, each after its place: ("tools[0].", {...})."""
     for i, item in enumerate(items):
-        yield f"{param}[{i}]", expect(item, "object", f"{param}[{i}]")
+        yield f"{param}[{i}].", expect(item, "object", f"{param}[{i}]")
 
 
-def one_of(choices: Json) -> Convert:
-    """Return a conversion that looks the value up; a 400 lists the choices."""
-    def convert(value: Any, param: str) -> Any:
-        if value not in choices:
-            raise ProxyError(400, f"'{param}' must be one of: {', '.join(choices)}", param)
-        return choices[value]
-    return convert
+def one_of(choices: Json, value: Any, param: str) -> Any:
+    """Look the value up; a 400 lists the choices."""
+    if value not in choices:
+        raise ProxyError(400, f"'{param}' must be one of: {', '.join(choices)}", param)
+    return choices[value]
 
 
 def inside(name: str, types: str, convert: Convert) -> Convert:
     """Return a conversion of one member of an object; None if it is not there."""
     return lambda value, param: None if value.get(name) is None else convert(
-        expect(value[name], types, f"{param}.{name}"), f"{param}.{name}")
+        required(value, name, types, param + "."), f"{param}.{name}")
 
 
 def refused(why: str, *harmless: Any) -> Field:
@@ -545,6 +538,7 @@ def refused(why: str, *harmless: Any) -> Field:
     return "any", "", convert
 
 
+to_effort = functools.partial(one_of, EFFORTS)
 HINT: Field = ("any", "", lambda value, param: None)  # has no effect on a local model
 
 
@@ -556,103 +550,84 @@ def to_strings(value: Any, param: str) -> list[str]:
 
 def to_format(value: Json, param: str) -> Any:
     """Turn response_format into Ollama's format: "" for text, "json", or a JSON schema."""
-    kinds = {"text": "", "json_object": "json", "json_schema": "schema"}
-    native = one_of(kinds)(required(value, "type", "string", param), f"{param}.type")
-    if native != "schema":
-        return native
-    wrapper = required(value, "json_schema", "object", param)
-    schema = required(wrapper, "schema", "object", f"{param}.json_schema")
-    if '"$ref":"#"' not in to_json(schema):
-        return schema
-    return {"$ref": "#/$defs/0", "$defs": {"0": move_references(schema, "#/$defs/0")}}
+    kind = required(value, "type", "string", param + ".")
+    native = one_of({"text": "", "json_object": "json", "json_schema": {}}, kind, param + ".type")
+    if kind == "json_schema":
+        wrapper = required(value, kind, "object", param + ".")
+        native = required(wrapper, "schema", "object", f"{param}.{kind}.")
+        if '"$ref":"#"' in to_json(native):
+            native = {"$ref": "#/$defs/0", "$defs": {"0": move_references(native, "#/$defs/0")}}
+    return native
 
 
 def to_function_name(tool: Json, where: str) -> str:
     """Return the name in {"type": "function", "function": {"name": ...}}."""
-    one_of({"function": True})(required(tool, "type", "string", where), f"{where}.type")
+    one_of({"function": 1}, required(tool, "type", "string", where), where + "type")
     function = required(tool, "function", "object", where)
-    expect(function.get("parameters", {}), "object", f"{where}.function.parameters")
-    return str(required(function, "name", "string", f"{where}.function"))
-
-
-def to_tools(tools: list[Any], param: str) -> list[Any]:
-    """Check the tools, which go to Ollama as they are: the formats are the same."""
-    return [tool for where, tool in each(tools, param) if to_function_name(tool, where)]
+    expect(function.get("parameters", {}), "object", where + "function.parameters")
+    return str(required(function, "name", "string", where + "function."))
 
 
 def to_content(content: Any, param: str) -> Json:
     """Turn a string, or an array of parts, into one message's text and images.
 
-    Ollama's own /v1 makes one message of each part, which changes what the model sees.
+    Ollama's own /v1 makes each part a message, which changes what the model sees.
     """
-    if isinstance(content, str):
-        return {"content": content}
-    texts, images = [], []
-    for where, item in each(content, param):
+    texts, images = [content] if isinstance(content, str) else [], []
+    for where, item in () if texts else each(content, param):
         kind = required(item, "type", "string", where)
-        place = f"{where}.{kind}"
         if kind in ("text", "refusal"):
-            texts.append(expect(item.get(kind), "string", place))
+            texts.append(expect(item.get(kind), "string", where + kind))
         elif kind == "image_url":
             url = required(item, kind, "object or string", where)
-            images.append(to_image(url if isinstance(url, str) else required(
-                url, "url", "string", place), place))
+            if isinstance(url, dict):
+                url = required(url, "url", "string", where + "image_url.")
+            match = IMAGE_URL.fullmatch(url)
+            if not match or len(match[1]) % 4:
+                raise ProxyError(400, f"'{where}{kind}' must be a data:image/...;base64 URL with a "
+                                 "valid png, jpeg, webp or gif; the proxy never fetches images",
+                                 where + kind)
+            images.append(match[1])
         else:
-            raise ProxyError(400, f"'{where}.type' must be text or image_url, not {kind[:40]}",
-                             f"{where}.type")
+            raise ProxyError(400, f"'{where}type' must be text or image_url, not {kind[:40]}",
+                             where + "type")
     return {"content": "".join(texts), **({"images": images} if images else {})}
 
 
-def to_image(url: str, param: str) -> str:
-    """Return the base64 data of a data: URL. The proxy never fetches anything."""
-    match = IMAGE_URL.fullmatch(url)
-    with contextlib.suppress(ValueError):
-        if match and base64.b64decode(match[1], validate=True) is not None:
-            return match[1]
-    raise ProxyError(400, f"'{param}' must be a data:image/...;base64 URL with a valid png, jpeg, "
-                     "webp or gif; the proxy never fetches images", param)
-
-
 def to_native_calls(calls: list[Any], param: str) -> list[Json]:
-    """Convert earlier tool calls: OpenAI's arguments are a JSON string, Ollama's an object.
-
-    Arguments that don't parse (a model wrote them) become {}; Ollama would refuse the chat.
-    """
+    """Convert earlier tool calls: OpenAI's arguments are a JSON string, Ollama's an object."""
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
+        function: Json = {"index": len(native), "name": name, "arguments": {}}
         arguments = expect(call["function"].get("arguments", {}), "string or object",
-                           f"{where}.function.arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = parse_object(arguments)
-            except ValueError:
-                arguments = {}
-        native.append({"id": expect(call.get("id"), "string", f"{where}.id"), "function": {
-            "index": len(native), "name": name, "arguments": arguments}})
+                           where + "function.arguments")
+        with contextlib.suppress(ValueError):  # a model wrote them; Ollama refuses all but objects
+            function["arguments"] = (parse_object(arguments) if isinstance(arguments, str) else
+                                     arguments)
+        native.append({"id": expect(call.get("id"), "string", where + "id"), "function": function})
     return native
 
 
 MESSAGE_FIELDS: dict[str, Field] = {
     # OpenAI's name     JSON type           Ollama's place  conversion
-    "role":              ("string",          "role",         one_of(ROLES)),
+    "role":              ("string",          "role",         functools.partial(one_of, ROLES)),
     "content":           ("string or array", "*",            to_content),
-    "reasoning":         ("string",          "thinking",     None),
-    "reasoning_content": ("string",          "thinking",     None),
+    **dict.fromkeys(("reasoning", "reasoning_content"), ("string", "thinking", None)),
     "tool_calls":        ("array",           "tool_calls",   to_native_calls),
     "tool_call_id":      ("string",          "tool_call_id", None),
-    "name":              HINT,
-    "annotations":       HINT,
+    **dict.fromkeys(("name", "annotations"), HINT),
     "function_call":     refused("use tool_calls"),
     "audio":             refused("the proxy has no earlier audio"),
 }
 
 # Ollama's options and their types: members of `options`, or fields of their own (extra_body).
-OPTIONS = {**dict.fromkeys((
-    "num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread",
-    "repeat_last_n", "top_k", "seed"), "integer"), **dict.fromkeys((
-        "temperature", "top_p", "min_p", "typical_p", "repeat_penalty", "presence_penalty",
-        "frequency_penalty"), "number"), "use_mmap": "boolean", "stop": "string or array"}
+OPTIONS = {
+    **dict.fromkeys(("num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu",
+                     "num_thread", "repeat_last_n", "top_k", "seed"), "integer"),
+    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repeat_penalty",
+                     "presence_penalty", "frequency_penalty"), "number"),
+    "use_mmap": "boolean", "stop": "string or array"}
 
 
 def to_options(options: Json, param: str) -> Json:
@@ -663,29 +638,23 @@ def to_options(options: Json, param: str) -> Json:
 
 CHAT_FIELDS: dict[str, Field] = {
     # OpenAI's name           JSON type            Ollama's place          conversion
-    "model":                 ("string",            "model",                None),
-    "messages":              ("array",             "messages",             None),
+    **{name: (types, name, None) for name, types in {
+        "model": "string", "messages": "array", "keep_alive": "string or number",
+        "think": "boolean or string", "format": "string or object", "truncate": "boolean",
+        "shift": "boolean", "logprobs": "boolean", "top_logprobs": "integer",
+        "tools": "array"}.items()},
     "options":               ("object",            "options",              to_options),
     **{name: (types, f"options.{name}", to_strings if name == "stop" else None)
        for name, types in OPTIONS.items()},
     "max_tokens":            ("integer",           "options.num_predict",  None),
     "max_completion_tokens": ("integer",           "options.num_predict",  None),
-    "keep_alive":            ("string or number",  "keep_alive",           None),
-    "think":                 ("boolean or string", "think",                None),
-    "format":                ("string or object",  "format",               None),
     "response_format":       ("object",            "format",               to_format),
-    "truncate":              ("boolean",           "truncate",             None),
-    "shift":                 ("boolean",           "shift",                None),
-    "logprobs":              ("boolean",           "logprobs",             None),
-    "top_logprobs":          ("integer",           "top_logprobs",         None),
-    "tools":                 ("array",             "tools",                to_tools),
     # What the client wants of the answer; Ollama doesn't get these:
     "stream":                ("boolean",           "wanted.stream",        None),
-    "stream_options":        ("object",            "wanted.usage",
-                              inside("include_usage", "boolean", lambda value, param: value)),
-    "reasoning":             ("object",            "wanted.effort",
-                              inside("effort", "string", one_of(EFFORTS))),
-    "reasoning_effort":      ("string",            "wanted.effort",        one_of(EFFORTS)),
+    "stream_options": ("object", "wanted.usage",
+                       inside("include_usage", "boolean", lambda value, param: value)),
+    "reasoning":      ("object", "wanted.effort",          inside("effort", "string", to_effort)),
+    "reasoning_effort":      ("string",            "wanted.effort",        to_effort),
     "tool_choice":           ("string or object",  "wanted.tool_choice",   None),
     "parallel_tool_calls":   ("boolean", "wanted.max_calls", lambda v, p: None if v else 1),
     "n":                     refused("Ollama gives one answer per request; send more requests", 1),
@@ -706,8 +675,8 @@ CHAT_FIELDS: dict[str, Field] = {
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that returns several. A conversion that
-    returns None puts nothing. A null field counts as not sent, as in OpenAI's API.
+    A place is a name, `group.name`, or * for a conversion that returns several. None puts nothing,
+    and a null field counts as not sent, as in OpenAI's API.
 
     >>> target = {"options": {}}
     >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
@@ -732,40 +701,37 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     called: dict[str, str] = {}  # the id of each tool call so far -> the function's name
     for where, message in each(messages, "messages"):
         required(message, "role", "string", where)
-        native.append({"content": ""})
-        ignored += map_fields(MESSAGE_FIELDS, message, native[-1], where + ".")
-        for call in native[-1].get("tool_calls", ()):
-            called[call["id"]] = call["function"]["name"]
-        name = called.get(native[-1].get("tool_call_id", ""), message.get("name"))
-        if native[-1]["role"] == "tool" and name:
-            native[-1]["tool_name"] = expect(name, "string", where + ".name")
+        new: Json = {"content": ""}
+        ignored += map_fields(MESSAGE_FIELDS, message, new, where)
+        called.update({call["id"]: call["function"]["name"] for call in new.get("tool_calls", ())})
+        name = called.get(new.get("tool_call_id", ""), message.get("name"))
+        if new["role"] == "tool" and name:
+            new["tool_name"] = expect(name, "string", where + "name")
+        native.append(new)
     return native
 
 
 def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
     """Obey tool_choice: leave the tools it allows, or force a call of one of them."""
-    tools, where = native.pop("tools", []), "tool_choice.allowed_tools"
-    if isinstance(mode, dict):
-        if mode.get("type") == "allowed_tools":
-            allowed = required(mode, "allowed_tools", "object", "tool_choice")
-            listed = each(required(allowed, "tools", "array", where), f"{where}.tools")
-            chosen = {to_function_name(tool, place) for place, tool in listed}
-            mode = required(allowed, "mode", "string", where)
-        else:
-            chosen, mode = {to_function_name(mode, "tool_choice")}, "required"
-        tools = [tool for tool in tools if tool["function"]["name"] in chosen]
-        if len({tool["function"]["name"] for tool in tools}) < len(chosen):
-            raise ProxyError(400, "'tool_choice' names a function that is not in 'tools'",
-                             "tool_choice")
-    one_of(dict.fromkeys(("none", "auto", "required")))(mode, "tool_choice")
-    if mode == "required":
-        if not tools:
-            raise ProxyError(400, "'tool_choice' requires a call, but there are no tools",
-                             "tool_choice")
+    tools, where = native.pop("tools", []), "tool_choice.allowed_tools."
+    names = chosen = {to_function_name(tool, place) for place, tool in each(tools, "tools")}
+    if isinstance(mode, dict) and mode.get("type") == "allowed_tools":
+        allowed = required(mode, "allowed_tools", "object", "tool_choice.")
+        listed = each(required(allowed, "tools", "array", where), where + "tools")
+        chosen = {to_function_name(tool, place) for place, tool in listed}
+        mode = required(allowed, "mode", "string", where)
+    elif isinstance(mode, dict):
+        chosen, mode = {to_function_name(mode, "tool_choice.")}, "required"
+    if not chosen <= names:
+        raise ProxyError(400, "'tool_choice' names a function that is not in 'tools'",
+                         "tool_choice")
+    one_of(dict.fromkeys(("none", "auto", "required")), mode, "tool_choice")
+    tools = [tool for tool in tools if tool["function"]["name"] in chosen]
+    if mode == "none":
+        wanted["max_calls"] = 0  # some models call tools that they have only read about
+    elif mode == "required":
         force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools})
         wanted.update(forced=True, schema="tools")
-    elif mode == "none":
-        wanted["max_calls"] = 0  # some models call tools that they have only read about
     elif tools:
         native["tools"] = tools
 
@@ -782,13 +748,11 @@ def move_references(schema: Any, root: str, named: bool = False) -> Any:
         return [move_references(item, root) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    moved = {}
+    moved = dict(schema)
     for name, value in schema.items():
-        if not named and name == "$ref" and isinstance(value, str) and value[:1] == "#":
+        if not named and name == "$ref" and str(value)[:1] == "#":
             moved[name] = root + value[1:]
-        elif not named and name in ("const", "enum", "default", "examples"):
-            moved[name] = value
-        else:
+        elif named or name not in ("const", "enum", "default", "examples"):
             moved[name] = move_references(value, root, not named and name in (
                 "properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
     return moved
@@ -797,21 +761,23 @@ def move_references(schema: Any, root: str, named: bool = False) -> Any:
 def force_call(native: Json, functions: Json) -> None:
     """Make the model call one of the functions, which Ollama can't do itself.
 
-    Ollama gets no tools, so this also works for models without tool support. Instead, `format`
-    lets the model write nothing but {"name", "arguments"}, and a last system message says what to
-    fill in. ChatStream turns the text back into a call.
+    Instead of tools, which some models lack, `format` lets the model write nothing but {"name",
+    "arguments"}, and a system message says what to fill in. ChatStream turns it back into a call.
     """
+    if not functions:
+        raise ProxyError(400, "'tool_choice' requires a call, but there are no tools",
+                         "tool_choice")
     calls, definitions = [], {}
     for i, (name, function) in enumerate(functions.items()):
         schema = function.get("parameters") or {"type": "object", "properties": {}}
         definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
         calls.append({"type": "object", "required": ["name", "arguments"], "properties": {
             "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}})
-    native["format"] = {**(calls[0] if len(calls) == 1 else {"anyOf": calls}),
-                        "$defs": definitions}
-    native["messages"].append({"role": "system", "content": (
-        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.'
-        + "".join("\n" + to_json(function) for function in functions.values()))})
+    only = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    native["format"] = {**only, "$defs": definitions}
+    native["messages"].append({"role": "system", "content": "\n".join([
+        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.',
+        *map(to_json, functions.values())])})
 
 
 class NativeRequest(NamedTuple):
@@ -829,9 +795,8 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> NativeRequest:
     Ollama silently cuts a prompt that is too long; `truncate: false` makes that an error. We never
     add `shift`: a value that differs from the loaded model's makes Ollama reload it.
     """
-    for name in ("model", "messages"):
-        if body.get(name) in (None, ""):
-            raise ProxyError(400, f"'{name}' is missing", name)
+    for name, types in ("model", "string"), ("messages", "array"):
+        required(body, name, types)
     native: Json = {"options": {}, "wanted": {}, "stream": True, "truncate": truncate}
     try:
         ignored = map_fields(CHAT_FIELDS, body, native)
@@ -2173,8 +2138,8 @@ def start_demo() -> str:
 
 
 # ---- 11. The page: what a browser gets at / ----------------------------------------------------
-# It asks for a trace (?trace=1), in which each line of Ollama's stands, as a comment, before the
-# frames that it became, and shows the two side by side. receive() is an SSE parser to read.
+# It asks for a trace (?trace=1): comments with the request sent to Ollama and, before the frames
+# that it became, each line of NDJSON. It shows the two side by side.
 
 PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_sse_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -2534,8 +2499,9 @@ def serve(server: ProxyServer) -> int:
     say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
         f"base_url for clients: {server.url}/v1)")
     settings, gate = server.settings, server.gate
+    count = len(gate.keys.owners) if gate.keys else 0
     callers = ("anyone whom the authenticate hook accepts" if gate.hook else
-               f"anyone with a key ({len(gate.keys.owners)} in all)" if gate.keys else
+               f"anyone with a key ({count} key{'s' * (count != 1)})" if gate.keys else
                "anyone who can reach it" if settings.insecure else "anyone on this machine")
     say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
         f"hooks: {', '.join(server.hooks) or 'none'}")
@@ -2547,8 +2513,9 @@ def serve(server: ProxyServer) -> int:
                                      "/api/version") as response:
             read_object(response)
     except ProxyError as error:
-        say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}); to try the "
-            "proxy without Ollama, use --demo" * (not signals))
+        if not signals:
+            say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}"
+                "); to try the proxy without Ollama, use --demo")
     while not signals:
         time.sleep(0.1)
     if server.observer.active:

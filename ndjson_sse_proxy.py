@@ -23,12 +23,11 @@ How a request flows:
     client <--SSE--- Reply <-- ChatStream <-- records <-- readline() <--------NDJSON-- Ollama
                        '-- PatientReader: waits, sends heartbeats, notices hang-ups --'
 
-Each connection has one thread, the only one that writes to its client. A translated stream ends in
-one of two ways: a finish_reason and `[DONE]`, or an error frame. A cut answer never looks complete.
+Each connection has one thread, the only one that writes to its client. A translated stream ends
+with a finish_reason and `[DONE]`, or with an error frame. A cut answer never looks complete.
 
 Read from the top. Section 4 ends with the whole idea in ten lines, `raw_frames`; the rest is what
-real clients need on top. Sections 3 to 6 never touch a socket, a clock or a random number. To
-watch the proxy work, open http://127.0.0.1:11435/ in a browser.
+real clients need on top. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
 It stores nothing, limits no request rates, and fetches nothing but Ollama's answers. It asks Ollama
 twice only for a model that can't think, and adds to a prompt only to force a tool call.
@@ -36,7 +35,7 @@ twice only for a model that can't think, and adds to a prompt only to force a to
 from __future__ import annotations
 
 import argparse
-import base64
+import collections
 import contextlib
 import errno
 import functools
@@ -44,7 +43,6 @@ import hashlib
 import http.client
 import http.server
 import io
-import ipaddress
 import json
 import os
 import re
@@ -62,7 +60,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names for annotations, which never run
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -83,10 +81,7 @@ MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures, or a whole
 MAX_HEAD_BYTES = 64 << 10  # request line and headers; browsers send a few KiB
 MAX_HEADERS = 100  # the same limit as http.client's
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields; some clients stop at 8 KiB of headers
-MAX_KEY_FILE_BYTES = 1 << 20  # thousands of keys
-MAX_MODEL_NAME = 600  # longer than Ollama allows; every frame repeats the name
-MAX_NAME = 100  # characters of a model or field name in the log and the metrics
-MAX_MODEL_LABELS = 100  # models with a metrics label of their own; the others share "other"
+MAX_NAME = 100  # characters of a model or field name in the log
 MAX_EXTRA = 64  # connections above --max-connections that still get a 503
 TAIL_BYTES = 4096  # of a line or an answer, searched for token counts, which come last
 SLICE_BYTES = 64 << 10  # of one write; each slice has its own timeout, so slow readers survive
@@ -100,8 +95,7 @@ TICK_SECONDS = 0.25  # of silence between two looks at the client
 
 
 # ---- 2. Errors -----------------------------------------------------------------------------------
-# An SDK decides by the status whether to retry and which exception to raise, and shows `message`
-# to a person. So the status must be right, and the message must say what to do.
+# An SDK decides by the status whether to retry, and shows `message` to a person.
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
                429: "rate_limit_error"}
@@ -115,7 +109,7 @@ class ProxyError(Exception):
     """A refusal or failure that the client is told about.
 
     `param` is the request field at fault, `code` a word for programs, `detail` for the log only.
-    Raises ValueError for anything that can't be sent, so that a hook fails where its mistake is.
+    Raises ValueError if it can't be sent, so that a hook fails where its mistake is.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None,
@@ -146,53 +140,49 @@ def cut_upstream(what: str) -> ProxyError:
     return ProxyError(502, f"Ollama's answer was cut off: {what}", code="upstream_cut")
 
 
-LONGER = ("Shorten the messages, or set options.num_ctx in the request or --option num_ctx=N on "
-          "the proxy. (With --allow-truncation, Ollama would cut the messages silently.)")
-SHORTER = "Shorten the messages: the request asked for num_ctx {num_ctx}; the model can't use more."
-OVERFLOW = (400, "messages", "context_length_exceeded")
-
-# Ollama's error texts, and the status, param, code and message they become. {0} is the pattern's
-# first group, {text} the whole text, {schema} the field with the JSON schema, {advice} one of the
-# texts above. SDKs retry a 500, so a client's mistake must be a 400.
+OVERFLOW = 400, "messages", "context_length_exceeded"
+# Ollama's error texts, and the status, param, code and message they become: SDKs retry a 500, so a
+# client's mistake must be a 400. {0} is the pattern's first group, {text} the whole text, {schema}
+# the field that holds the JSON schema, {cure} what to do.
 UPSTREAM_ERRORS = [
     (r"request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)", *OVERFLOW,
      ("This model's maximum context length is {1} tokens. However, your messages resulted in {0} "
-      "tokens. {advice}")),
+      "tokens. Shorten the messages{cure}")),
     ("input length exceeds the context length|prompt is longer than the context length", *OVERFLOW,
-     "This model's maximum context length is exceeded by your messages. {advice}"),
+     "This model's maximum context length is exceeded by your messages. Shorten them{cure}"),
     (r"^model ['\"](.+?)['\"] not found", 404, "model", "model_not_found",
      "model '{0}' not found; run `ollama pull {0}` on the Ollama machine"),
     (r'^option "(.+?)" must be of type', 400, "options.{0}", None, "{text}"),
     (r"^invalid format: |(?i:unsupported \$ref|json schema|resolving ref|parse grammar)", 400,
      "{schema}", None, "Ollama can't use the schema in '{schema}': {text}"),
-    (r"^invalid think value: |does not support thinking", 400, "think", None, "{text}"),
-    (r"^time: .*invalid duration", 400, "keep_alive", None, "{text}"),
-    (r"does not support tools", 400, "tools", None, "{text}"),
+    (r"^invalid input type", 400, "input", None,
+     ("'input' must be text; Ollama takes no token arrays. With LangChain, use "
+      "OpenAIEmbeddings(check_embedding_ctx_length=False)")),
 ]
 
 
 def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) -> ProxyError:
     r"""Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
 
-    `wanted` is NativeRequest.wanted, for advice that fits the request.
+    `wanted` comes from to_ollama_chat(), for advice that fits the request.
 
     >>> upstream_error({"error": "{\"error\":{\"code\":400,\"message\":\"too long\"}}"}).message
     'too long'
     """
-    for _ in range(5):
-        if isinstance(value, dict):
+    with contextlib.suppress(ValueError, AttributeError):  # when it is a text at last
+        for _ in range(5):
+            value = parse_object(value) if isinstance(value, str) else value
             value = value.get("error") or value.get("message") or value
-        elif isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = parse_object(value)
     text = (value if isinstance(value, str) else to_json(value)).strip()[:2000]
     words = {"num_ctx": 0, "schema": "response_format", **(wanted or {}), "text": text}
     for pattern, new_status, param, code, message in UPSTREAM_ERRORS:
         match = re.search(pattern, text, re.DOTALL)
         if match:
             found = match.groups()
-            useless = len(found) > 1 and words["num_ctx"] > int(found[1])
-            words["advice"] = SHORTER.format(**words) if useless else LONGER
+            words["cure"] = (
+                f": num_ctx is {words['num_ctx']} already, and the model can't use more."
+                if len(found) > 1 and words["num_ctx"] > int(found[1]) else
+                ", or set options.num_ctx in the request or --option num_ctx=N on the proxy.")
             return ProxyError(new_status, message.format(*found, **words),
                               param.format(*found, **words), code)
     return ProxyError(status, text or "Ollama failed without a reason", code="upstream_error")
@@ -202,23 +192,10 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
 # Only the record with "done": true completes an answer: after a cut, HTTP's own end can look right.
 
 
-def finite_number(text: str) -> float:
-    """Read a number for json; refuse NaN, 1e999 and integers too long to be sent on."""
-    value = float(text)
-    if not abs(value) < float("inf"):
-        raise ValueError(f"{text[:20]} is not a JSON number, or too large")
-    return int(text) if text.lstrip("-").isdigit() else value
-
-
-strict_decoder = functools.partial(json.JSONDecoder, parse_constant=finite_number,
-                                   parse_float=finite_number, parse_int=finite_number)
-PLAIN_JSON = strict_decoder()
-
-
-def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> Json:
-    """Parse strict JSON that must be an object; raise ValueError for anything else."""
+def parse_object(data: bytes | str) -> Json:
+    """Parse JSON that must be an object. Raises ValueError for anything else."""
     try:
-        value = decoder.decode(data if isinstance(data, str) else data.decode("utf-8"))
+        value = json.loads(data if isinstance(data, str) else data.decode())
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if isinstance(value, dict):
@@ -227,7 +204,7 @@ def parse_object(data: bytes | str, decoder: json.JSONDecoder = PLAIN_JSON) -> J
 
 
 def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
-    """Return a member of an object from Ollama, or an empty one; raise a 502 for another type."""
+    """Return a member of an object from Ollama, or an empty one. Raises a 502 for another type."""
     value = record.get(name) if isinstance(record, dict) else None
     if type(value) is kind:  # not isinstance(): in Python, but not in JSON, True is an int
         return value
@@ -261,30 +238,25 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
 
 
 # ---- 4. SSE out: values to frames ----------------------------------------------------------------
-# A frame is one or more `data:` lines and a blank line, which completes it. JSON writes newlines as
-# \n, so it takes one line; other data may take several, which readers join again.
+# A frame is one or more `data:` lines and a blank line, which completes it. JSON takes one line:
+# it writes newlines as \n.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+# JSON and SSE allow these, but readers like httpx's iter_lines() take them for line ends.
+LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def to_json(value: Any) -> str:
-    """Return compact JSON. Raises ProxyError 400 if the value is nested too deeply."""
+    """Return compact JSON. Raises ProxyError 400 for a value that JSON can't express."""
     try:
-        return JSON_ENCODER.encode(value)
-    except RecursionError:
-        raise ProxyError(400, "the JSON is nested too deeply") from None
+        return JSON_ENCODER.encode(value).translate(LINE_ENDS)
+    except (RecursionError, ValueError):
+        raise ProxyError(400, "the JSON is nested too deeply, or has NaN or Infinity") from None
 
 
 def to_bytes(value: Any) -> bytes:
     r"""Return JSON in UTF-8. Half an emoji (a lone surrogate) stays \ud83d: UTF-8 has no form."""
-    return escape_line_ends(to_json(value).encode("utf-8", "backslashreplace"))
-
-
-def escape_line_ends(data: bytes) -> bytes:
-    """Escape what JSON and SSE allow, but readers like httpx's iter_lines() take for line ends."""
-    for char in "" if data.isascii() else "\x85\u2028\u2029":
-        data = data.replace(char.encode(), b"\\u%04x" % ord(char))
-    return data
+    return to_json(value).encode("utf-8", "backslashreplace")
 
 
 def sse_event(data: Any, field: bytes = b"data: ") -> bytes:
@@ -293,14 +265,13 @@ def sse_event(data: Any, field: bytes = b"data: ") -> bytes:
     >>> sse_event({"a": 1}), sse_event(b"two\nlines")
     (b'data: {"a":1}\n\n', b'data: two\ndata: lines\n\n')
     """
-    data = escape_line_ends(data) if isinstance(data, bytes) else to_bytes(data)
-    return b"".join(b"%b%b\n" % (field, line) for line in data.splitlines()) + b"\n"
+    lines = (data if isinstance(data, bytes) else to_bytes(data)).splitlines()
+    return b"".join(b"%b%b\n" % (field, line) for line in lines) + b"\n"
 
 
 sse_comment = functools.partial(sse_event, field=b": ")  # for people: every client skips it
 
-# OpenAI's own sign that nothing was lost. HTTP marks the end, too, but many libraries hide that.
-SSE_DONE = sse_event(b"[DONE]")
+SSE_DONE = sse_event(b"[DONE]")  # HTTP marks the end, too, but many libraries hide that
 
 
 def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[bytes]:
@@ -324,13 +295,7 @@ def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[byte
 
 
 # ---- 5. Stream: Ollama's records to OpenAI's chunks ----------------------------------------------
-# A chunk is an envelope, the same throughout a stream, around one choice with its delta. Input that
-# ends in any state but DONE was cut.
-#
-#     START --record or heartbeat--> STREAMING --record with "done": true--> DONE
-#     any state --record with "error", or one that makes no sense there--> FAILED
-
-START, STREAMING, DONE, FAILED = "START", "STREAMING", "DONE", "FAILED"
+# A chunk is an envelope, the same throughout a stream, around one choice with its delta.
 
 
 def choice(delta: Json, finish_reason: str | None = None) -> Json:
@@ -344,7 +309,7 @@ OPENING = choice({"role": "assistant", "content": ""})  # before everything else
 class ChatStream:
     """Turns records of POST /api/chat into the choices of chat.completion.chunk objects.
 
-    `wanted` says what the client wants of the answer (NativeRequest.wanted).
+    `wanted` says what the client wants of the answer (see to_ollama_chat).
 
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> [choice["delta"] for choice in stream.feed({"message": {"content": "Hi"}})]
@@ -355,8 +320,8 @@ class ChatStream:
 
     def __init__(self, model: str, stream_id: str, created: int,
                  wanted: Json | None = None) -> None:
-        self.state, self._wanted = START, wanted or {}
-        self.tokens = 0, 0  # of the prompt and the answer, known once it is DONE
+        self._wanted, self._opened, self.done = wanted or {}, False, False
+        self.tokens = 0, 0  # of the prompt and the answer, known once it is done
         self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
                          "model": model, "system_fingerprint": "fp_ollama"}
         # All but the ]} at its end: a stream serialises its envelope only once.
@@ -366,31 +331,25 @@ class ChatStream:
 
     def feed(self, record: Json) -> list[Json]:
         """Return the choices for a record. Raises ProxyError for an error or a malformed record."""
-        before, self.state = self.state, FAILED  # until this record has turned out well
-        if before in (DONE, FAILED):
-            raise broken_upstream(f"a record after the stream was {before}")
         if "error" in record:  # {"error": "the model runner has died"}
             raise upstream_error(record["error"], wanted=self._wanted)
-        done = member(record, "done", bool)
-        deltas = list(self._deltas(member(record, "message", dict, needed=not done)))
-        reason = self._finish(record, deltas) if done else None
-        choices = [OPENING] if before == START else []
+        self.done = member(record, "done", bool)
+        deltas = list(self._deltas(member(record, "message", dict, needed=not self.done)))
+        reason = self._finish(record, deltas) if self.done else None
+        choices = [] if self._opened else [OPENING]
+        self._opened = True
         if record.get("logprobs"):
             tokens = [{"top_logprobs": member(token, "top_logprobs", list), "bytes": None, **token}
                       for token in member(record, "logprobs", list)]
             choices.append({**choice(deltas.pop(0) if deltas else {"content": ""}),
                             "logprobs": {"refusal": None, "content": tokens}})
         choices += map(choice, deltas)
-        self.state = DONE if done else STREAMING
         return choices + [choice({}, reason)] if reason else choices
 
-    def heartbeat(self) -> list[bytes]:
-        """Return what to send in a silence. Not a comment: LangChain wants chunks, and Continue
-        ends its stream at a comment."""
-        if self.state != START:
-            return [self.frame(choice({}))]
-        self.state = STREAMING
-        return [self.frame(OPENING)]
+    def heartbeat(self) -> bytes:
+        """Return a frame for a silence: a chunk, because some clients give up at a comment."""
+        opened, self._opened = self._opened, True
+        return self.frame(choice({}) if opened else OPENING)
 
     def frame(self, choice: Json) -> bytes:
         """Return the frame for one choice."""
@@ -418,10 +377,8 @@ class ChatStream:
 
     def _tool_call(self, function: Json, call_id: str = "") -> Json:
         """A complete call. Ollama's may lack an id or all say index 0, so we number them here."""
-        name, arguments = member(function, "name", str, needed=True), function.get("arguments")
-        if not isinstance(arguments, str):  # a string from servers that copy Ollama
-            arguments = to_json(member(function, "arguments", dict))
-        index = len(self._call_ids)
+        name, index = member(function, "name", str, needed=True), len(self._call_ids)
+        arguments = to_json(member(function, "arguments", dict))
         if not call_id or call_id in self._call_ids:
             call_id = f"call_{self.envelope['id']}_{index}"
         self._call_ids.add(call_id)
@@ -438,22 +395,18 @@ class ChatStream:
         if text.strip():  # `format` made the model write {"name": ..., "arguments": ...}
             try:
                 deltas.append(self._tool_call(parse_object(text)))
-            except ValueError:  # cut: keep the arguments that came; without a name it stays text
+            except ValueError:  # the answer was too long, so what came stays text
+                deltas.append({"content": text})
                 reason = "length"
-                start = re.match(r'\s*\{\s*"name"\s*:\s*"([^"]+)"\s*,\s*"arguments"\s*:\s*', text)
-                deltas.append(self._tool_call({"name": start[1], "arguments": text[start.end():]})
-                              if start else {"content": text})
         # Old versions give no reason; load and unload answer a chat without messages.
         return "length" if reason == "length" else "tool_calls" if self._call_ids else "stop"
 
 
-def translate(lines: Iterable[bytes], stream: ChatStream,
-              trace: Callable[[bytes], None] = lambda line: None) -> Iterator[Json]:
-    """Turn lines into choices, until the record that says done. `trace` gets each line first."""
-    for line, record in records(lines):
-        trace(line)
+def translate(lines: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
+    """Turn lines into choices, until the record that says done."""
+    for _, record in records(lines):
         yield from stream.feed(record)
-        if stream.state == DONE:
+        if stream.done:
             return
     raise cut_upstream('it ended before the record with "done": true')
 
@@ -473,8 +426,7 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
             parts.setdefault(name, []).extend(value if isinstance(value, list) else [value])
     logprobs, calls = parts.pop("logprobs"), parts.pop("tool_calls", [])
     message: Json = {name: "".join(texts) for name, texts in parts.items()}
-    if calls:  # their order in the array replaces the index
-        calls = [{key: call[key] for key in call if key != "index"} for call in calls]
+    if calls:
         message.update(content=message["content"] or None, tool_calls=calls)
     whole: Json = {"index": 0, "message": message, "finish_reason": part["finish_reason"]}
     if logprobs:
@@ -483,8 +435,8 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
 
 
 # ---- 6. Request: OpenAI's body to Ollama's -------------------------------------------------------
-# The tables are the specification. To map another field, add a row; to refuse one, add a row with
-# refused("why"). A later row overwrites what an earlier one put in the same place.
+# The tables are the specification: add a row to map a field, or one with refused("why").
+# A later row overwrites what an earlier one put in the same place.
 
 JSON_TYPES: dict[str, Any] = {"any": object, "string": str, "integer": int, "number": (int, float),
                               "boolean": bool, "object": dict, "array": list}
@@ -492,7 +444,7 @@ ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "
          "developer": "system"}
 EFFORTS = {"none": False, "minimal": "low", "low": "low", "medium": "medium", "high": "high",
            "xhigh": "max", "max": "max"}  # Ollama has fewer steps
-IMAGE_URL = re.compile("data:image/(?:png|jpe?g|webp|gif);base64,([A-Za-z0-9+/]*={0,2})")
+IMAGE_URL = re.compile("data:image/(?:png|jpe?g|webp|gif);base64,([A-Za-z0-9+/]+={0,2})")
 
 
 def expect(value: Any, types: str, param: str) -> Any:
@@ -519,15 +471,9 @@ def each(items: list[Any], param: str) -> Iterator[tuple[str, Json]]:
 
 def one_of(choices: Json, value: Any, param: str) -> Any:
     """Look the value up; a 400 lists the choices."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ProxyError(400, f"'{param}' must be one of: {', '.join(choices)}", param)
     return choices[value]
-
-
-def inside(name: str, types: str, convert: Convert) -> Convert:
-    """Return a conversion of one member of an object; None if it is not there."""
-    return lambda value, param: None if value.get(name) is None else convert(
-        required(value, name, types, param + "."), f"{param}.{name}")
 
 
 def refused(why: str, *harmless: Any) -> Field:
@@ -538,14 +484,7 @@ def refused(why: str, *harmless: Any) -> Field:
     return "any", "", convert
 
 
-to_effort = functools.partial(one_of, EFFORTS)
 HINT: Field = ("any", "", lambda value, param: None)  # has no effect on a local model
-
-
-def to_strings(value: Any, param: str) -> list[str]:
-    """Turn a string or an array of strings into an array."""
-    items = value if isinstance(value, list) else [value]
-    return [expect(item, "string", f"{param}[{i}]") for i, item in enumerate(items)]
 
 
 def to_format(value: Json, param: str) -> Any:
@@ -556,7 +495,7 @@ def to_format(value: Json, param: str) -> Any:
         wrapper = required(value, kind, "object", param + ".")
         native = required(wrapper, "schema", "object", f"{param}.{kind}.")
         if '"$ref":"#"' in to_json(native):
-            native = {"$ref": "#/$defs/0", "$defs": {"0": move_references(native, "#/$defs/0")}}
+            native = move_schemas([native], {"$ref": "#/$defs/0"})
     return native
 
 
@@ -564,15 +503,13 @@ def to_function_name(tool: Json, where: str) -> str:
     """Return the name in {"type": "function", "function": {"name": ...}}."""
     one_of({"function": 1}, required(tool, "type", "string", where), where + "type")
     function = required(tool, "function", "object", where)
-    expect(function.get("parameters", {}), "object", where + "function.parameters")
+    if function.get("parameters") is not None:
+        expect(function["parameters"], "object", where + "function.parameters")
     return str(required(function, "name", "string", where + "function."))
 
 
 def to_content(content: Any, param: str) -> Json:
-    """Turn a string, or an array of parts, into one message's text and images.
-
-    Ollama's own /v1 makes each part a message, which changes what the model sees.
-    """
+    """Turn a string or an array of parts into the text and images of one message."""
     texts, images = [content] if isinstance(content, str) else [], []
     for where, item in () if texts else each(content, param):
         kind = required(item, "type", "string", where)
@@ -584,9 +521,8 @@ def to_content(content: Any, param: str) -> Json:
                 url = required(url, "url", "string", where + "image_url.")
             match = IMAGE_URL.fullmatch(url)
             if not match or len(match[1]) % 4:
-                raise ProxyError(400, f"'{where}{kind}' must be a data:image/...;base64 URL with a "
-                                 "valid png, jpeg, webp or gif; the proxy never fetches images",
-                                 where + kind)
+                raise ProxyError(400, f"'{where}{kind}' must be a data: URL of a png, jpeg, webp "
+                                 "or gif in base64; the proxy never fetches images", where + kind)
             images.append(match[1])
         else:
             raise ProxyError(400, f"'{where}type' must be text or image_url, not {kind[:40]}",
@@ -599,84 +535,80 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
-        function: Json = {"index": len(native), "name": name, "arguments": {}}
-        arguments = expect(call["function"].get("arguments", {}), "string or object",
-                           where + "function.arguments")
-        with contextlib.suppress(ValueError):  # a model wrote them; Ollama refuses all but objects
-            function["arguments"] = (parse_object(arguments) if isinstance(arguments, str) else
-                                     arguments)
-        native.append({"id": expect(call.get("id"), "string", where + "id"), "function": function})
+        arguments = call["function"].get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = parse_object(arguments)
+            except ValueError:  # a model wrote them; Ollama refuses all but objects
+                arguments = {}
+        native.append({"id": expect(call.get("id"), "string", where + "id"), "function": {
+            "index": len(native), "name": name,
+            "arguments": expect(arguments, "object", where + "function.arguments")}})
     return native
 
 
 MESSAGE_FIELDS: dict[str, Field] = {
-    # OpenAI's name     JSON type           Ollama's place  conversion
-    "role":              ("string",          "role",         functools.partial(one_of, ROLES)),
-    "content":           ("string or array", "*",            to_content),
+    # OpenAI's name: JSON type, place in Ollama's message, conversion
+    "role": ("string", "role", functools.partial(one_of, ROLES)),
+    "content": ("string or array", "*", to_content),
     **dict.fromkeys(("reasoning", "reasoning_content"), ("string", "thinking", None)),
-    "tool_calls":        ("array",           "tool_calls",   to_native_calls),
-    "tool_call_id":      ("string",          "tool_call_id", None),
+    "tool_calls": ("array", "tool_calls", to_native_calls),
+    "tool_call_id": ("string", "tool_call_id", None),
     **dict.fromkeys(("name", "annotations"), HINT),
-    "function_call":     refused("use tool_calls"),
-    "audio":             refused("the proxy has no earlier audio"),
+    "function_call": refused("use tool_calls"),
+    "audio": refused("the proxy has no earlier audio"),
 }
 
-# Ollama's options and their types: members of `options`, or fields of their own (extra_body).
-OPTIONS = {
-    **dict.fromkeys(("num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu",
-                     "num_thread", "repeat_last_n", "top_k", "seed"), "integer"),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "typical_p", "repeat_penalty",
-                     "presence_penalty", "frequency_penalty"), "number"),
-    "use_mmap": "boolean", "stop": "string or array"}
-
-
-def to_options(options: Json, param: str) -> Json:
-    """Check the options whose types we know; the others may be newer than this program."""
-    return {name: expect(value, OPTIONS.get(name, "any"), f"{param}.{name}")
-            for name, value in options.items() if value is not None}
-
+# Ollama's options: members of `options`, or fields of their own (extra_body).
+OPTIONS = ("num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread",
+           "repeat_last_n", "top_k", "min_p", "typical_p", "repeat_penalty", "use_mmap",
+           "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 
 CHAT_FIELDS: dict[str, Field] = {
-    # OpenAI's name           JSON type            Ollama's place          conversion
+    # OpenAI's name: JSON type, place in Ollama's body, conversion
     **{name: (types, name, None) for name, types in {
-        "model": "string", "messages": "array", "keep_alive": "string or number",
-        "think": "boolean or string", "format": "string or object", "truncate": "boolean",
-        "shift": "boolean", "logprobs": "boolean", "top_logprobs": "integer",
-        "tools": "array"}.items()},
-    "options":               ("object",            "options",              to_options),
-    **{name: (types, f"options.{name}", to_strings if name == "stop" else None)
-       for name, types in OPTIONS.items()},
-    "max_tokens":            ("integer",           "options.num_predict",  None),
-    "max_completion_tokens": ("integer",           "options.num_predict",  None),
-    "response_format":       ("object",            "format",               to_format),
+        "model": "string", "messages": "array", "tools": "array", "options": "object",
+        "keep_alive": "string or number", "think": "boolean or string",
+        "format": "string or object", "truncate": "boolean", "shift": "boolean",
+        "logprobs": "boolean", "top_logprobs": "integer"}.items()},
+    **{name: ("any", f"options.{name}", None) for name in OPTIONS},
+    **{name: ("number", f"options.{name}", None) for name in (
+        "temperature", "top_p", "presence_penalty", "frequency_penalty")},
+    "num_ctx": ("integer", "options.num_ctx", None),
+    "seed": ("integer", "options.seed", None),
+    "stop": ("string or array", "options.stop", lambda value, param:
+             [value] if isinstance(value, str) else value),
+    "max_tokens": ("integer", "options.num_predict", None),
+    "max_completion_tokens": ("integer", "options.num_predict", None),
+    "response_format": ("object", "format", to_format),
     # What the client wants of the answer; Ollama doesn't get these:
-    "stream":                ("boolean",           "wanted.stream",        None),
-    "stream_options": ("object", "wanted.usage",
-                       inside("include_usage", "boolean", lambda value, param: value)),
-    "reasoning":      ("object", "wanted.effort",          inside("effort", "string", to_effort)),
-    "reasoning_effort":      ("string",            "wanted.effort",        to_effort),
-    "tool_choice":           ("string or object",  "wanted.tool_choice",   None),
-    "parallel_tool_calls":   ("boolean", "wanted.max_calls", lambda v, p: None if v else 1),
-    "n":                     refused("Ollama gives one answer per request; send more requests", 1),
+    "stream": ("boolean", "wanted.stream", None),
+    "stream_options": ("object", "wanted.usage", lambda value, param: expect(
+        value.get("include_usage") or False, "boolean", param + ".include_usage")),
+    "reasoning": ("object", "wanted.effort", lambda value, param:
+                  None if value.get("effort") is None else
+                  one_of(EFFORTS, value["effort"], param + ".effort")),
+    "reasoning_effort": ("string", "wanted.effort", functools.partial(one_of, EFFORTS)),
+    "tool_choice": ("string or object", "wanted.tool_choice", None),
+    "parallel_tool_calls": ("boolean", "wanted.max_calls", lambda v, param: None if v else 1),
     **dict.fromkeys((
         "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "verbosity", "service_tier"), HINT),
-    "store":                 refused("the proxy stores nothing"),
-    "logit_bias":            refused("Ollama has no token biases"),
-    "audio":                 refused("Ollama answers with text"),
-    "modalities":            refused("Ollama answers with text", ["text"]),
-    "moderation":            refused("Ollama has no moderation"),
-    "web_search_options":    refused("the proxy never searches the web"),
-    "functions":             refused("use tools"),
-    "function_call":         refused("use tool_choice"),
+    "n": refused("Ollama gives one answer per request; send more requests", 1),
+    **dict.fromkeys(("logit_bias", "store", "moderation", "web_search_options"),
+                    refused("neither the proxy nor Ollama can do it")),
+    "audio": refused("Ollama answers with text"),
+    "modalities": refused("Ollama answers with text", ["text"]),
+    "functions": refused("use tools"),
+    "function_call": refused("use tool_choice"),
 }
 
 
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that returns several. None puts nothing,
-    and a null field counts as not sent, as in OpenAI's API.
+    A place is a name, `group.name`, or * for a conversion that returns several. A null field
+    counts as not sent, as in OpenAI's API.
 
     >>> target = {"options": {}}
     >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
@@ -712,25 +644,21 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
 
 
 def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
-    """Obey tool_choice: leave the tools it allows, or force a call of one of them."""
-    tools, where = native.pop("tools", []), "tool_choice.allowed_tools."
-    names = chosen = {to_function_name(tool, place) for place, tool in each(tools, "tools")}
-    if isinstance(mode, dict) and mode.get("type") == "allowed_tools":
-        allowed = required(mode, "allowed_tools", "object", "tool_choice.")
-        listed = each(required(allowed, "tools", "array", where), where + "tools")
-        chosen = {to_function_name(tool, place) for place, tool in listed}
-        mode = required(allowed, "mode", "string", where)
-    elif isinstance(mode, dict):
-        chosen, mode = {to_function_name(mode, "tool_choice.")}, "required"
-    if not chosen <= names:
-        raise ProxyError(400, "'tool_choice' names a function that is not in 'tools'",
-                         "tool_choice")
-    one_of(dict.fromkeys(("none", "auto", "required")), mode, "tool_choice")
-    tools = [tool for tool in tools if tool["function"]["name"] in chosen]
+    """Obey tool_choice: leave out the tools, or force a call of one or any of them."""
+    tools = native.pop("tools", [])
+    functions = {to_function_name(tool, where): tool["function"]
+                 for where, tool in each(tools, "tools")}
+    if isinstance(mode, dict):
+        name = to_function_name(mode, "tool_choice.")
+        if name not in functions:
+            raise ProxyError(400, f"'tool_choice' names {name[:60]!r}, which is not in 'tools'",
+                             "tool_choice")
+        functions, mode = {name: functions[name]}, "required"
+    one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
     if mode == "none":
         wanted["max_calls"] = 0  # some models call tools that they have only read about
     elif mode == "required":
-        force_call(native, {tool["function"]["name"]: tool["function"] for tool in tools})
+        force_call(native, functions)
         wanted.update(forced=True, schema="tools")
     elif tools:
         native["tools"] = tools
@@ -758,71 +686,73 @@ def move_references(schema: Any, root: str, named: bool = False) -> Any:
     return moved
 
 
-def force_call(native: Json, functions: Json) -> None:
-    """Make the model call one of the functions, which Ollama can't do itself.
+def move_schemas(schemas: list[Any], whole: Json) -> Json:
+    """Return `whole` with the schemas under $defs: Ollama can't refer to the root ("#")."""
+    return {**whole, "$defs": {str(i): move_references(schema, f"#/$defs/{i}")
+                               for i, schema in enumerate(schemas)}}
 
-    Instead of tools, which some models lack, `format` lets the model write nothing but {"name",
-    "arguments"}, and a system message says what to fill in. ChatStream turns it back into a call.
+
+def force_call(native: Json, functions: Json) -> None:
+    """Make the model call one of the functions, even a model without tools.
+
+    `format` lets it write nothing but {"name", "arguments"}, and a system message says what to
+    fill in. ChatStream turns that back into a call.
     """
     if not functions:
         raise ProxyError(400, "'tool_choice' requires a call, but there are no tools",
                          "tool_choice")
-    calls, definitions = [], {}
-    for i, (name, function) in enumerate(functions.items()):
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
-        definitions[str(i)] = move_references(schema, f"#/$defs/{i}")
-        calls.append({"type": "object", "required": ["name", "arguments"], "properties": {
-            "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}})
-    only = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    native["format"] = {**only, "$defs": definitions}
+    calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
+        "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}}
+        for i, name in enumerate(functions)]
+    native["format"] = move_schemas(
+        [function.get("parameters") or {"type": "object", "properties": {}}
+         for function in functions.values()], calls[0] if len(calls) == 1 else {"anyOf": calls})
     native["messages"].append({"role": "system", "content": "\n".join([
         'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.',
         *map(to_json, functions.values())])})
 
 
-class NativeRequest(NamedTuple):
-    """The body for POST /api/chat, and what the client wants of the answer."""
-
-    body: Json
-    wanted: Json  # stream, usage, effort, max_calls, forced, schema, num_ctx: each if it applies
-    ignored: list[str]  # fields that had no effect
-
-
-def to_ollama_chat(body: Json, truncate: bool = False) -> NativeRequest:
+def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list[str]]:
     """Translate the body of POST /v1/chat/completions. Raises ProxyError 400 naming the field.
 
-    Ollama is always asked to stream; the proxy adds the pieces up to a whole answer. By default
-    Ollama silently cuts a prompt that is too long; `truncate: false` makes that an error. We never
-    add `shift`: a value that differs from the loaded model's makes Ollama reload it.
+    Returns the body for POST /api/chat; what the client wants of the answer (stream, usage, effort,
+    max_calls, forced, schema, num_ctx: each if it applies); and the fields that had no effect.
+
+    Ollama always streams to the proxy. By default it silently cuts a prompt that is too long;
+    `truncate: false` makes that an error. We never add `shift`: a value that differs from the
+    loaded model's makes Ollama reload it.
     """
-    for name, types in ("model", "string"), ("messages", "array"):
-        required(body, name, types)
+    required(body, "model", "string")
+    required(body, "messages", "array")
     native: Json = {"options": {}, "wanted": {}, "stream": True, "truncate": truncate}
     try:
         ignored = map_fields(CHAT_FIELDS, body, native)
         wanted = native.pop("wanted")
         native["messages"] = to_native_messages(native["messages"], ignored)
-        wanted["schema"] = "response_format" if body.get("response_format") or not body.get(
-            "format") else "format"
+        wanted["schema"] = "format" if body.get("format") else "response_format"
+        format = native.get("format")
         choose_tools(native, wanted.pop("tool_choice", "auto"), wanted)
     except RecursionError:
         raise ProxyError(400, "the body is nested too deeply") from None
+    if format and "forced" in wanted:  # only one schema can be obeyed
+        ignored.append("response_format" if body.get("response_format") else "format")
     if "effort" in wanted:
         native["think"] = wanted["effort"]
-    wanted["num_ctx"] = native["options"].get("num_ctx", 0)
-    return NativeRequest(native, wanted, ignored)
+    num_ctx = native["options"].get("num_ctx")
+    wanted["num_ctx"] = num_ctx if isinstance(num_ctx, int) else 0
+    return native, wanted, ignored
 
 
 # ---- 7. Waiting for Ollama -----------------------------------------------------------------------
 # A request's thread waits in one place, PatientReader, from which http.client reads the answer.
-# Before a wait it sends what it has. After each tick of silence it may send a heartbeat, or raise:
-# the exception unwinds through http.client and closes the connection, and Ollama stops working.
+# Before a wait it sends what it has. After each tick of silence it may send a heartbeat, or raise,
+# which closes the connection to Ollama; and Ollama stops working.
 
 NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 
 
 class Patience:
-    """What to do before a wait for Ollama and during it. Reply, in section 9, does more."""
+    """What to do before a wait for Ollama, and during it. Reply, in section 9, does more."""
 
     def __init__(self, stopping: Callable[[], bool], idle_timeout: float) -> None:
         self._stopping, self._idle_timeout, self._deadline = stopping, idle_timeout, 0.0
@@ -841,19 +771,23 @@ class Patience:
             raise ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
                              "(--idle-timeout)", code="upstream_timeout")
 
+    def lost(self, error: OSError) -> Exception:
+        """Return what to raise when the connection breaks."""
+        return cut_upstream(type(error).__name__)
+
 
 class PatientReader(io.RawIOBase):
-    """The raw side of the buffered reader that http.client reads an answer from."""
+    """The raw side of the buffered reader that http.client reads from."""
 
     def __init__(self, sock: socket.socket, original: io.IOBase, patience: Patience) -> None:
-        # http.client may close its socket early; the socket lives as long as the original file.
+        # http.client may close its socket early; it stays open as long as the original file.
         self._sock, self._original, self._patience = sock, original, patience
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for bytes, with the socket's timeout as the tick. Raises ProxyError."""
+        """Wait for bytes, with the socket's timeout as the tick. Raises what `patience` raises."""
         self._patience.before()
         while True:
             try:
@@ -861,7 +795,7 @@ class PatientReader(io.RawIOBase):
             except socket.timeout:
                 self._patience.silence()
             except OSError as error:
-                raise cut_upstream(type(error).__name__) from error
+                raise self._patience.lost(error) from error
 
     def close(self) -> None:
         """Close the socket, too. Ollama sees that and stops."""
@@ -870,7 +804,7 @@ class PatientReader(io.RawIOBase):
 
 
 def ask(step: Callable[..., Any], *arguments: Any) -> Any:
-    """Call http.client; whatever it raises for a bad answer becomes a ProxyError."""
+    """Call http.client; what it raises for a bad answer becomes a ProxyError."""
     try:
         return step(*arguments)
     except (http.client.RemoteDisconnected, http.client.IncompleteRead) as error:
@@ -892,34 +826,18 @@ def body_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
         raise cut_upstream(f"{response.length} bytes are missing")
 
 
-def at_most(limit: int, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Yield the same pieces. Raises ProxyError 502 if they are too large to keep."""
-    for piece in pieces:
-        limit -= len(piece)
-        if limit < 0:
-            raise broken_upstream("an answer too long to collect; stream it")
-        yield piece
-
-
-def read_object(response: http.client.HTTPResponse) -> Json:
+def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) -> Json:
     """Read a JSON answer in one piece. Raises Ollama's refusal as a ProxyError."""
-    if response.status != 200:
-        raise refusal(response)
+    body = ask(response.read, MAX_BODY_BYTES)
     try:
-        return parse_object(b"".join(at_most(MAX_BODY_BYTES, body_pieces(response))))
-    except ValueError as error:
-        raise broken_upstream(f"not a JSON object: {error}") from None
-
-
-def refusal(response: http.client.HTTPResponse, wanted: Json | None = None) -> ProxyError:
-    """Return what Ollama says under another status than 200: {"error": "text"}, as a rule."""
-    body = b"".join(at_most(MAX_BODY_BYTES, body_pieces(response)))
-    try:
-        error = upstream_error(parse_object(body), max(response.status, 400), wanted)
+        value = parse_object(body)
+        if response.status == 200:
+            return value
+        error = upstream_error(value, max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
         error = broken_upstream(f"status {response.status}, {show(body)}. Is that an Ollama?")
     error.headers = retry_after(response)
-    return error
+    raise error
 
 
 def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
@@ -928,9 +846,8 @@ def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
     return [("Retry-After", value)] if re.fullmatch("[ -~]+", value) else []
 
 
-def media_type(response: http.client.HTTPResponse) -> str:
-    """Return the Content-Type without its parameters."""
-    return response.headers.get_content_type()
+# What to connect to: 0.0.0.0 means all addresses; it is often in $OLLAMA_HOST and --listen.
+REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Upstream:
@@ -938,13 +855,12 @@ class Upstream:
 
     def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
         self.url, host = url, url.hostname or ""
-        # 0.0.0.0 (all addresses, often in $OLLAMA_HOST) is not an address to connect to.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         make: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
         if url.scheme == "https":  # one TLS context for all connections: it takes long to make
             make = functools.partial(http.client.HTTPSConnection,
                                      context=ssl.create_default_context())
-        self._connection = functools.partial(make, host, url.port, timeout=CONNECT_SECONDS)
+        self._connection = functools.partial(make, REACHABLE.get(host, host), url.port,
+                                             timeout=CONNECT_SECONDS)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     @contextlib.contextmanager
@@ -953,8 +869,7 @@ class Upstream:
         """Send a request; yield the response once its head is there, which can take minutes.
 
         Each request has its own connection: closing it tells Ollama to stop. Raises ProxyError
-        502 if there is no Ollama or no proper answer, 503 if descriptors run out, and whatever
-        `patience` raises.
+        502 or 503, and what `patience` raises.
         """
         def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
             response = http.client.HTTPResponse(sock, *args, **kwargs)
@@ -971,13 +886,9 @@ class Upstream:
             except (BrokenPipeError, ConnectionResetError):
                 pass  # Ollama may refuse a large body, and hang up, before all of it is sent
             except OSError as error:
-                raise cut_upstream(type(error).__name__) from error
+                raise patience.lost(error) from error
             connection.sock.settimeout(TICK_SECONDS)
             with contextlib.closing(ask(connection.getresponse)) as response:
-                framing = (response.getheader("Transfer-Encoding", "chunked").lower() + " " +
-                           response.getheader("Content-Length", "0"))
-                if response.status < 200 or not re.fullmatch("chunked [0-9]{1,18}", framing):
-                    raise broken_upstream(f"status {response.status}, {framing}"[:200])
                 yield response
 
     def _connect(self, connection: http.client.HTTPConnection) -> None:
@@ -1002,54 +913,58 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
 class EndMarks:
     """Watches an answer pass through: has it said that it is complete, and how many tokens?
 
-    When its model runner dies, Ollama ends some streams as if they were complete. Only complete
-    lines count: the text of an answer may contain anything that looks like an end mark.
+    When its model runner dies, Ollama ends some streams as if they were complete. Only whole
+    lines count: an answer's text may contain anything that looks like an end mark.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind, self.failed, self.empty = kind, False, True
+    def __init__(self, kind: str, record: Json) -> None:
+        self._kind, self._record, self._line = kind, record, bytearray()  # the last line so far
         self._ended = kind not in (NDJSON, SSE)  # other bodies have only HTTP's end
         self._last_event = False  # whether the present event is the last one
-        self.counts: Json = {}
-        self._line = bytearray()  # the last line so far
 
-    def feed(self, data: bytes) -> None:
-        """Take a piece of the body. Raises ProxyError 502 for a line that never ends."""
-        self._line += data
-        self.empty = False
-        if self.kind not in (NDJSON, SSE):
+    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        """Yield the same pieces; note the tokens. Raises ProxyError 502 if the answer was cut."""
+        try:
+            for piece in pieces:
+                self._take(piece)
+                yield piece
+        finally:
+            if self._line:  # without a newline
+                self._see(self._line)
+        if not self._ended:
+            raise cut_upstream("it ended without its end mark")
+
+    def _take(self, piece: bytes) -> None:
+        self._line += piece
+        if self._kind not in (NDJSON, SSE):
             self._line = self._line[-TAIL_BYTES:]
-        elif b"\n" in data:
+        elif b"\n" in piece:
             *lines, self._line = self._line.split(b"\n")
             for line in lines:
                 self._see(line.rstrip(b"\r"))
         elif len(self._line) > MAX_BODY_BYTES:
             raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
 
-    def close(self) -> bool:
-        """The body has ended; return whether it was complete."""
-        if self._line:
-            self._see(self._line)
-        return self._ended
-
     def _see(self, line: bytearray) -> None:
         for count in TOKEN_COUNT.finditer(line[-TAIL_BYTES:]):
-            self.counts["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
-        if self.kind == SSE:
+            self._record["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
+        failed = False
+        if self._kind == SSE:
             self._last_event |= line in SSE_ENDS
-            self.failed |= line in SSE_ENDS[-2:]
             self._ended |= self._last_event and not line
-        elif self.kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
+            failed = line in SSE_ENDS[-2:]
+        elif self._kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
             with contextlib.suppress(ValueError):
                 record = parse_object(bytes(line))
-                self.failed |= "error" in record
-                self._ended |= self.failed or record.get("done") is True
+                failed = "error" in record
+                self._ended |= failed or record.get("done") is True
+        if failed:
+            self._record.update(end="error", error="upstream_error")
 
 
 # ---- 8. Authenticate, shape, observe -------------------------------------------------------------
-# What the proxy adds to Ollama: three small classes, each with one method that has the name and the
-# signature of its hook. A function of that name in the --hooks file replaces the first, runs before
-# the second and after the third.
+# Three classes, each with one method that has the name and the signature of its hook. A function in
+# the --hooks file replaces authenticate(), runs before shape() and after observe().
 
 
 def printable(text: str) -> str:
@@ -1057,29 +972,14 @@ def printable(text: str) -> str:
     return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text)
 
 
-class Log:
-    """Lines on stderr. If nobody reads them, they are dropped and counted: answers must go on."""
-
-    def __init__(self) -> None:
-        self._lock, self._dropped = threading.Lock(), 0
-
-    def say(self, text: str) -> None:
-        """Write a line, or several."""
-        with self._lock, contextlib.suppress(OSError, ValueError, AttributeError):
-            file = sys.stderr.fileno()  # AttributeError: a program without a console has none
-            if self._dropped:
-                text = f"({self._dropped} lines of this log were dropped: nobody read it)\n{text}"
-            data = (text + "\n").encode("ascii", "backslashreplace")
-            size = getattr(select, "PIPE_BUF", len(data))  # fits if select() says so; not Windows
-            self._dropped += 1
-            while data:
-                if os.name != "nt" and not select.select([], [file], [], 0)[1]:
-                    return
-                data = data[os.write(file, data[:size]):]
-            self._dropped = 0
-
-
-say = Log().say
+def say(text: str) -> None:
+    """Write a line to stderr. If nobody reads it there, it is dropped: answers must go on."""
+    data = (text + "\n").encode("ascii", "backslashreplace")
+    size = getattr(select, "PIPE_BUF", len(data))  # fits if select() says so; not on Windows
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program without a console
+        file = sys.stderr.fileno()
+        while data and (os.name == "nt" or select.select([], [file], [], 0)[1]):
+            data = data[os.write(file, data[:size]):]
 
 
 def say_traceback() -> None:
@@ -1099,51 +999,105 @@ def load_hooks(path: str) -> Json:
     return hooks
 
 
+def digest(key: str) -> bytes:
+    """Return a key's SHA-256: looked up by it, the time taken says nothing about the keys."""
+    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
+
+
 def parse_key(line: str) -> tuple[str, str]:
     """Split [NAME:]KEY.
 
     >>> parse_key("alice:sk-0123456789"), parse_key("sk-0123456789")
-    (('alice', 'sk-0123456789'), ('', 'sk-0123456789'))
+    (('alice', 'sk-0123456789'), ('key', 'sk-0123456789'))
     """
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
         raise ValueError("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
                          "without spaces; a comment needs its own line")
-    return name, key
+    return name or "key", key
 
 
-class Keys:
-    """API keys from the command line, and from a file that is re-read when it changes."""
+def refused_key(message: str = "") -> ProxyError:
+    """Return the error for a caller without a valid key."""
+    return ProxyError(401, message or "the API key is missing or wrong", code="invalid_api_key",
+                      headers=[("WWW-Authenticate", "Bearer")])
 
-    def __init__(self, given: list[tuple[str, str]], path: str) -> None:
-        self._given, self._path, self._lock = list(given), path, threading.Lock()
-        self._stamp: object = None  # of the file when it was read
-        self._warning = ""  # at the last look-up
+
+# Ollama's own rules for an API without keys.
+LOCAL_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\d.]+|[\w-]+|[\w.-]*\.(localhost|local|internal))"
+                        r"(:\d+)?", re.ASCII)
+LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+                          r"|(app|file|tauri|vscode-webview)://.*")
+
+
+class Gate:
+    """Decides which web pages and which callers get in.
+
+    Keys come from the command line, and from a file that is re-read when it changes.
+    """
+
+    def __init__(self, settings: argparse.Namespace, hook: Callable[[Any], Any] | None) -> None:
+        self.hook, self._path, self._given = hook, settings.api_key_file, list(settings.api_key)
+        self.has_keys = bool(self._path or self._given)
         self._store([])
-        if path:
-            self._read(starting=True)
+        self._lock, self._warning = threading.Lock(), ""
+        self._stamp: object = None  # of the file when it was read
+        if self._path:
+            self._read_file(starting=True)
 
-    def owner(self, key: str) -> str | None:
-        """Return the name of the key's owner, or None."""
+    def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
+        """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
+
+        With keys any page may try, because a foreign page has no key. Otherwise the Host must be
+        local, since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the
+        Origin, since any page can send a simple POST anywhere.
+        """
+        origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
+        any_page = self.has_keys and not self.hook
+        own_name = host.partition(":")[0] == socket.gethostname().lower()
+        for name, value, is_local in (
+                ("Host", host, own_name or LOCAL_HOST.fullmatch(host)),
+                ("Origin", origin, not origin or origin.partition("://")[2] == host
+                 or LOCAL_ORIGIN.fullmatch(origin))):
+            if not (any_page or is_local):
+                raise ProxyError(403, f"the {name} {printable(value[:200])} is not local; set keys "
+                                 f"to allow any {name}", code="not_local")
+        return [("Access-Control-Allow-Origin", "*" if any_page else origin), ("Vary", "Origin"),
+                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-ignored-fields")
+                ] if origin else []
+
+    def authenticate(self, headers: http.client.HTTPMessage) -> str | None:
+        """Return the caller's name, or None if nobody needs a key. Raises ProxyError 401."""
+        if not self.hook and not self.has_keys:
+            return None
+        scheme, _, key = headers.get("Authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            key = headers.get("x-api-key", "")  # Anthropic's clients
+        caller = self.hook(headers) if self.hook else self._owner(key.strip())
+        if not isinstance(caller, str):  # a forgotten `return` in a hook must not let everyone in
+            raise refused_key()
+        return caller
+
+    def _owner(self, key: str) -> str | None:
         with self._lock:  # or a slower thread could store an older version last
             before, self._warning = self._warning, ""
             try:
                 if self._path:
-                    self._read()
+                    self._read_file()
             except (OSError, ValueError) as error:
                 self._warning = f"warning: the previous keys stay valid: {printable(str(error))}"
                 if self._warning != before:
                     say(self._warning)
-        return self.owners.get(hashlib.sha256(key.encode("utf-8", "replace")).digest())
+        return self.owners.get(digest(key))
 
-    def _read(self, starting: bool = False) -> None:
+    def _read_file(self, starting: bool = False) -> None:
         """Read the file if it has changed. Raises OSError or ValueError, and the keys stay."""
         status, keys, number = os.stat(self._path), [], 1
         stamp = status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
         if stamp == self._stamp:
             return
-        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_KEY_FILE_BYTES:
-            raise ValueError(f"{self._path} isn't a regular file up to {MAX_KEY_FILE_BYTES} bytes")
+        if not stat.S_ISREG(status.st_mode):  # a FIFO would block
+            raise ValueError(f"{self._path} is not a regular file")
         young = abs(time.time() - status.st_mtime) < YOUNG_SECONDS
         with open(self._path, encoding="utf-8-sig") as file:  # Windows editors add a BOM
             self._stamp = None if young else stamp  # a coarse clock hides a second change
@@ -1158,69 +1112,7 @@ class Keys:
         self._store(keys)
 
     def _store(self, keys: list[tuple[str, str]]) -> None:
-        # By SHA-256, so that the time of a look-up says nothing about the keys.
-        self.owners = {hashlib.sha256(key.encode()).digest(): name or f"key-{number}"
-                       for number, (name, key) in enumerate(self._given + keys, 1)}
-
-
-def refused_key(message: str = "") -> ProxyError:
-    """Return the error for a caller without a valid key."""
-    return ProxyError(401, message or "the API key is missing or wrong", code="invalid_api_key",
-                      headers=[("WWW-Authenticate", "Bearer")])
-
-
-# Ollama's own rules for an API without keys.
-LOCAL_HOST = re.compile(r"\[[0-9a-f:.]+\]|[\d.]+|[^.]+|.*\.(localhost|local|internal)", re.ASCII)
-LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
-                          r"|(app|file|tauri|vscode-webview)://.*")
-
-
-class Gate(NamedTuple):
-    """Decides which web pages and which callers get in."""
-
-    keys: Keys | None
-    hook: Callable[[Any], Any] | None
-
-    def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
-        """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
-
-        With keys any page may try, because a foreign page has no key. Otherwise the Host must be
-        local, since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the
-        Origin, since browsers let any page send a simple POST anywhere.
-        """
-        origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
-        match = re.fullmatch(r"(\[[0-9a-f:.]+\]|[\w.-]+)(:\d{1,5})?", host, re.ASCII)
-        if not match:
-            raise ProxyError(400, "the Host header is malformed")
-        any_page = self.keys and not self.hook
-        if not (any_page or LOCAL_HOST.fullmatch(match[1])
-                or match[1] == socket.gethostname().lower()):
-            raise ProxyError(403, f"the Host {match[1]} is not local; set keys to allow any Host",
-                             code="host_not_allowed")
-        if origin and not (any_page or origin.partition("://")[2] == host
-                           or LOCAL_ORIGIN.fullmatch(origin)):
-            raise ProxyError(403, f"web pages from {printable(origin[:200])} can't use this proxy; "
-                             "set keys to allow any page", code="origin_not_allowed")
-        return [("Access-Control-Allow-Origin", "*" if any_page else origin), ("Vary", "Origin"),
-                ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-ignored-fields")
-                ] if "Origin" in headers else []
-
-    def authenticate(self, headers: http.client.HTTPMessage) -> str | None:
-        """Return the caller's name, or None if nobody needs a key. Raises ProxyError 401."""
-        if self.hook:
-            caller = self.hook(headers)
-            if not isinstance(caller, str):  # a forgotten `return` must not let everyone in
-                raise TypeError(f"authenticate() returned {caller!r}, not a caller's name")
-            return caller
-        if not self.keys:
-            return None
-        scheme, _, key = headers.get("Authorization", "").partition(" ")
-        if scheme.lower() != "bearer":
-            key = headers.get("x-api-key", "")  # Anthropic's clients
-        caller = self.keys.owner(key.strip())
-        if caller is None:
-            raise refused_key()
-        return caller
+        self.owners = {digest(key): name for name, key in self._given + keys}
 
 
 TAKE_OPTIONS = ("/v1/chat/completions", "/api/chat", "/api/generate", "/api/embed",
@@ -1258,66 +1150,40 @@ class Shaper:
 # What is known of a request, in the order of the log line; hooks get the same.
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
-    "completion_tokens", "first_token_seconds", "seconds", "tokens_per_second", "end", "error",
-    "detail", "ignored")
-BUCKETS = 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, "+Inf"  # a cold load is slow
-METRICS = {  # name after ndjson_sse_proxy_: type, help
-    "requests_total": ("counter", "Requests, by route and status."),
-    "active_requests": ("gauge", "Requests being answered."),
-    "tokens_total": ("counter", "Tokens that Ollama counted, by model and kind."),
-    "client_hangups_total": ("counter", "Clients that left before the end of their answer."),
-    "upstream_errors_total": ("counter", "Ollama's failures, by kind."),
-    "first_token_seconds": ("histogram", "Time to the first token."),
-    "request_seconds": ("histogram", "Time to the end of the answer."),
-}
-
+    "completion_tokens", "first_token_seconds", "seconds", "end", "error", "detail", "ignored")
 
 class Observer:
-    """Logs each request in one line and counts it for Prometheus."""
+    """Logs each request as one line of JSON and counts it for Prometheus."""
 
-    def __init__(self, log: str, hook: Callable[[Json], Any] | None) -> None:
-        self._format: Callable[[Json], str] = log_line if log == "text" else json.dumps
-        self._hook, self._lock = hook, threading.RLock()
-        # Metric -> labels -> value. Labels come from sets that clients can't grow: routes,
-        # statuses, and models that Ollama has answered for.
-        self._values: dict[str, dict[str, float]] = {name: {} for name in METRICS}
-        self._values["client_hangups_total"][""] = 0
+    def __init__(self, hook: Callable[[Json], Any] | None) -> None:
+        self._hook, self._lock = hook, threading.Lock()
+        # Clients can't invent names: no label holds what they send.
+        self._counts: collections.Counter[str] = collections.Counter(
+            active_requests=0, client_hangups_total=0)
 
     @property
-    def active(self) -> int:
+    def active(self) -> float:
         """The number of requests being answered."""
-        return int(self._values["active_requests"].get("", 0))
+        return self._counts["active_requests"]
 
-    def count(self, metric: str, labels: str = "", amount: float = 1) -> None:
-        """Add to a counter or a gauge."""
+    def count(self, amounts: Mapping[str, Any]) -> None:
+        """Add to the metrics; names may have labels."""
         with self._lock:
-            self._values[metric][labels] = self._values[metric].get(labels, 0) + amount
+            self._counts.update(amounts)
 
     def observe(self, record: Json) -> None:
         """Count and log a request that has ended, then call the hook."""
         source, _, kind = (record["error"] or "").partition("_")
-        with self._lock:
-            self.count("requests_total", '{{route="{route}",status="{status}"}}'.format(**record))
-            self.count("client_hangups_total", amount=record["end"] == "client hang-up")
-            if source == "upstream":
-                self.count("upstream_errors_total", f'{{kind="{kind}"}}')
-            if record["completion_tokens"] is not None:
-                samples, model = self._values["tokens_total"], record["model"] or "other"
-                model = re.sub(r'(["\\])', r"\\\1", model).replace("\n", "\\n")
-                new = f'{{model="{model}",kind="prompt"}}' not in samples
-                if new and len(samples) >= 2 * MAX_MODEL_LABELS:
-                    model = "other"
-                for kind in "prompt", "completion":
-                    self.count("tokens_total", f'{{model="{model}",kind="{kind}"}}',
-                               record[f"{kind}_tokens"] or 0)
-            for name, seconds in (("first_token_seconds", record["first_token_seconds"]),
-                                  ("request_seconds", record["seconds"])):
-                if seconds is not None:
-                    for limit in BUCKETS:
-                        self.count(name, f'_bucket{{le="{limit}"}}', seconds <= float(limit))
-                    self.count(name, "_sum", seconds)
-                    self.count(name, "_count")
-        say(self._format(record))
+        self.count({
+            'requests_total{{route="{route}",status="{status}"}}'.format(**record): 1,
+            'tokens_total{kind="prompt"}': record["prompt_tokens"] or 0,
+            'tokens_total{kind="completion"}': record["completion_tokens"] or 0,
+            "client_hangups_total": record["end"] == "client hang-up",
+            "first_token_seconds_sum": record["first_token_seconds"] or 0,
+            "first_token_seconds_count": record["first_token_seconds"] is not None,
+            "request_seconds_sum": record["seconds"], "request_seconds_count": 1,
+            **({f'upstream_errors_total{{kind="{kind}"}}': 1} if source == "upstream" else {})})
+        say(json.dumps({name: value for name, value in record.items() if value not in (None, [])}))
         if self._hook:
             try:
                 self._hook(dict(record))
@@ -1325,88 +1191,65 @@ class Observer:
                 say_traceback()
 
     def metrics(self) -> str:
-        """Return the counters in Prometheus' text format."""
-        lines = []
+        """Return the metrics in Prometheus' text format."""
         with self._lock:
-            for name, (kind, text) in METRICS.items():
-                full = f"ndjson_sse_proxy_{name}"
-                lines += [f"# HELP {full} {text}", f"# TYPE {full} {kind}"]
-                lines += [f"{full}{labels} {value:.15g}"
-                          for labels, value in self._values[name].items()]
-        return "\n".join(lines) + "\n"
-
-
-def log_line(record: Json) -> str:
-    """Return a record as name=value text that no value can forge.
-
-    >>> log_line({"time": "T", "end": "done", "status": 200, "model": "m 1", "caller": None})
-    'T end=done status=200 model="m 1"'
-    """
-    parts = [record["time"]]
-    for name, value in record.items():
-        if name != "time" and value not in (None, []):
-            plain = re.fullmatch("[!#-<>-~]+", str(value))  # no space, quote or =
-            parts.append(f"{name}={value if plain else printable(json.dumps(value))}")
-    return " ".join(parts)
+            return "".join(f"ndjson_sse_proxy_{name} {value:.15g}\n"
+                           for name, value in sorted(self._counts.items()))
 
 
 # ---- 9. Downstream: the HTTP server --------------------------------------------------------------
 # First how requests are read, then how answers are written, then what each route does.
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/\d{1,3}\.\d{1,3})\r\n")
+REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/1\.[01])\r\n")
 HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "authorization",
              "x-api-key", "origin")
 
 
-class DeadlineReader(io.RawIOBase):
-    """A client's bytes until a deadline in total, so that slow clients can't hold a thread."""
+class Deadline(Patience):
+    """Ends the wait for a client's bytes at a fixed time, so that slow clients can't hold a thread.
+
+    Raises ProxyError 408 then, and ClientGone if the connection breaks.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        self._connection, self.deadline = connection, 0.0
+        self._connection, self.time = connection, 0.0
 
-    def readable(self) -> bool:
-        return True
+    def before(self) -> None:
+        left = self.time - time.monotonic()
+        if left <= 0:  # recv() doesn't time out while there are bytes
+            self.silence()
+        self._connection.settimeout(left)
 
-    def readinto(self, buffer: Any) -> int:
-        """Raises ProxyError 408 at the deadline, and ClientGone if the connection breaks."""
-        left = self.deadline - time.monotonic()
-        try:
-            if left <= 0:  # recv() does not time out while there are bytes
-                raise socket.timeout
-            self._connection.settimeout(left)
-            return self._connection.recv_into(buffer)
-        except socket.timeout:
-            raise ProxyError(408, "the request did not arrive in time") from None
-        except OSError as error:
-            raise ClientGone from error
+    def silence(self) -> None:
+        raise ProxyError(408, "the request did not arrive in time")
+
+    def lost(self, error: OSError) -> Exception:
+        return ClientGone()
 
 
 def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
         str, str, str, http.client.HTTPMessage]:
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
-    http.server accepts two lengths, a length of +2, folded lines, a bare CR and more. Another proxy
-    in front of this one may read the same bytes differently and see one request where there are two
-    (request smuggling), so anything ambiguous is refused: ProxyError 400, 414, 431 or 505.
+    http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
+    may read those differently and see one request where there are two (request smuggling), so
+    anything ambiguous is refused: ProxyError 400, 414 or 431.
     """
     match, headers, left = REQUEST_LINE.fullmatch(first), http.client.HTTPMessage(), MAX_HEAD_BYTES
     if not match:
         raise ProxyError(414, "the request line is too long") if len(first) > left else ProxyError(
             400, "the request line is not METHOD /path HTTP/1.1")
-    method, target, version = match[1].decode(), match[2].decode(), match[3].decode()
-    if version not in ("HTTP/1.0", "HTTP/1.1"):
-        raise ProxyError(505, "the HTTP version must be 1.0 or 1.1")
+    method, target, version = (group.decode() for group in match.groups())
     while True:
         line = readline(left)
         left -= len(line)
         if line == b"\r\n":
             break
-        match = HEADER_LINE.fullmatch(line)
         if left <= 0 or len(headers) >= MAX_HEADERS:
             raise ProxyError(431, "too many headers, or too long ones")
+        match = HEADER_LINE.fullmatch(line)
         if not match:
             raise ProxyError(400, f"not a header line: {show(line)}")
         name = match[1].decode()
@@ -1430,7 +1273,7 @@ def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
     """
     method, headers = request.method, request.headers
     length, chunked = headers.get("Content-Length"), "Transfer-Encoding" in headers
-    left, body = int(length or 0), bytearray()
+    left, end, body = int(length or 0), b"\r\n" if chunked else b"", bytearray()
     if method == "POST" and length is None and not chunked:
         raise ProxyError(411, "the request needs a Content-Length or chunked coding")
     if method in ("GET", "HEAD", "OPTIONS") and (chunked or left):
@@ -1441,16 +1284,15 @@ def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
     while True:
         if chunked:
             line = reader.readline(10)
-            size = CHUNK_SIZE.fullmatch(line)
-            if not size:
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line):
                 raise ProxyError(400, f"not a chunk size: {show(line)}") if line else ClientGone()
-            left = int(size[1], 16)
+            left = int(line, 16)
         if len(body) + left > MAX_BODY_BYTES:
             raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-        data = reader.read(left + 2 * chunked)
-        if len(data) < left + 2 * chunked:
+        data = reader.read(left + len(end))
+        if len(data) < left + len(end):
             raise ClientGone
-        if chunked and data[left:] != b"\r\n":
+        if data[left:] != end:
             raise ProxyError(400, "a chunk does not end where its size says")
         body += data[:left]
         if not chunked or not left:
@@ -1464,8 +1306,7 @@ def has_hung_up(client: socket.socket) -> bool:
             poll = select.poll()
             poll.register(client, select.POLLRDHUP)
             return bool(poll.poll(0))
-        # Not select(), which can't take descriptors above 1023 where there is anything else.
-        with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        with selectors.DefaultSelector() as selector:
             selector.register(client, selectors.EVENT_READ)
             # SSLSocket's own recv() can't peek. Unread bytes are the next request.
             return bool(selector.select(0)) and not socket.socket.recv(client, 1, socket.MSG_PEEK)
@@ -1474,24 +1315,23 @@ def has_hung_up(client: socket.socket) -> bool:
 
 
 class Reply(Patience):
-    """The answer to one request, and its log record. Only the request's own thread writes it.
+    """The answer to one request, and its log record.
 
     Data collects here and leaves in one write before the thread waits for Ollama. The head leaves
-    with the first of it, so that an early failure still has its own status.
+    with the first of it, so that an early failure has its own status.
     """
 
     version, method = "HTTP/1.0", ""  # until they are known
     close = True  # the connection, after this answer
     cors: Headers = ()
-    begun = False  # whether a frame was added, or anything was sent
-    _heartbeat: Callable[[], list[bytes]] | None = None  # what one is, if the answer is frames
+    _heartbeat: Callable[[], bytes] | None = None  # what one is, if the answer is frames
 
     def __init__(self, server: ProxyServer, connection: socket.socket) -> None:
-        super().__init__(lambda: server.stopping, server.settings.idle_timeout)
+        super().__init__(lambda: server.stopping, server.settings.idle_timeout or float("inf"))
         self.server, self.connection, self.started = server, connection, time.monotonic()
         self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
                              "id": "req_" + os.urandom(12).hex()}
-        self._pending: list[bytes] = []
+        self.pending: list[bytes] = []  # frames or pieces of the body
         self._sent_at = self.started
 
     def before(self) -> None:
@@ -1506,36 +1346,36 @@ class Reply(Patience):
         super().silence()
         seconds = self.server.settings.heartbeat or float("inf")
         if self._heartbeat and time.monotonic() - self._sent_at >= seconds:
-            self.add(b"".join(self._heartbeat()))
+            self.pending.append(self._heartbeat())
             self.flush()
 
-    def start(self, status: int = 200, content_type: str = "text/event-stream; charset=utf-8",
-              length: int | None = None, headers: Headers = (),
-              heartbeat: Callable[[], list[bytes]] | None = None) -> None:
+    def start(self, status: int, content_type: str, length: int | None = None,
+              headers: Headers = (), heartbeat: Callable[[], bytes] | None = None) -> None:
         """Set the head. Without a length the body is chunked, or ends with the connection."""
         self._head = status, content_type, length, headers
         self._chunked, self._heartbeat = length is None and self.version == "HTTP/1.1", heartbeat
-        self._pending.clear()
+        self.pending.clear()
 
-    def add(self, data: bytes) -> None:
-        """Add a frame or a piece of the body."""
-        self._pending.append(data)
-        self.begun = self.begun or bool(self._heartbeat)
+    def start_frames(self, heartbeat: Callable[[], bytes]) -> None:
+        """Set the head of a stream of frames. nginx would buffer them without the last header."""
+        self.start(200, "text/event-stream; charset=utf-8", heartbeat=heartbeat, headers=[
+            ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])
 
     def flush(self, last: bool = False) -> None:
-        """Send what was added; `last` ends the body. A chunked body without its end was cut."""
-        if not last and not (self._pending and (self.begun or not self._heartbeat)):
-            return  # comments alone wait for a frame
-        data = b"" if self.method == "HEAD" else b"".join(self._pending)
-        self._pending.clear()
+        """Send what is pending; `last` ends the body. A chunked body without its end was cut."""
+        if not self.pending and not last:
+            return
+        data = b"".join(self.pending)
+        self.pending.clear()
         if self._chunked and data:
             data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._chunked and last and self.method != "HEAD":
+        if self._chunked and last:
             data += b"0\r\n\r\n"
+        if self.method == "HEAD":
+            data = b""
         if self.record["status"] is None:
             data = self._head_bytes() + data
             self.record["status"] = self._head[0]
-        self.begun = True
         self.write(data)
         self._sent_at = time.monotonic()
 
@@ -1561,58 +1401,45 @@ class Reply(Patience):
              headers: Headers = ()) -> None:
         """Send a whole answer."""
         self.start(status, content_type, len(body), headers)
-        self.add(body)
+        self.pending.append(body)
         self.flush(last=True)
 
     def fail(self, error: ProxyError) -> None:
         """Note an error, and tell it in the one way left: a status, an error frame, or a cut."""
         self.record.update(error=error.code or f"status_{error.status}", detail=error.detail,
                            end="upstream cut" if error.code == "upstream_cut" else "error")
-        if not self.begun:
+        if self.record["status"] is None:
             self.send(error.status, error.body() + b"\n", headers=error.headers)
         elif self._heartbeat:  # the frames before the error were good
-            self.add(sse_event(error.body()))
+            self.pending.append(sse_event(error.body()))
             self.flush(last=True)
         else:  # Ollama's own formats have no room for an error; only a missing end shows the cut
+            self.flush()
             self.close = True
             if self.version == "HTTP/1.0":  # whose end is that of the connection: reset it
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
                                            struct.pack("ii", 1, 0))
 
     def _head_bytes(self) -> bytes:
-        (status, content_type, length, headers), record = self._head, self.record
-        ignored = record["ignored"] or []
-        names = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:100]
+        status, content_type, length, headers = self._head
+        ignored = self.record["ignored"] or []
+        names = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:MAX_NAME]
                  for name in ignored[:MAX_IGNORED_NAMES]]
         if len(ignored) > len(names):
             names.append(f"and {len(ignored) - len(names)} more")
-        fields = {
-            "Server": f"ndjson_sse_proxy/{__version__}",
-            "Date": time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime()),
-            "Content-Type": re.sub("[^ -~]+", " ", content_type),  # may be Ollama's
-            "X-Request-Id": record["id"], "X-Content-Type-Options": "nosniff",
-            "Transfer-Encoding": "chunked" if self._chunked else "",
-            "Content-Length": "" if length is None else str(length),
-            "Connection": "close" if self.close else "", "X-Ignored-Fields": ", ".join(names),
-            "Cache-Control": "no-cache" if self._heartbeat else "",
-            "X-Accel-Buffering": "no" if self._heartbeat else "",  # nginx would buffer frames
-            # Nothing but the page may run scripts.
-            "Content-Security-Policy": "" if record["route"] == "/" else
-                                       "default-src 'none'; sandbox"}
-        pairs = [*((name, value) for name, value in fields.items() if value), *self.cors, *headers]
+        pairs = [
+            ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
+            ("Content-Type", re.sub("[^ -~]+", " ", content_type)),  # may be Ollama's
+            ("X-Request-Id", self.record["id"]), ("X-Content-Type-Options", "nosniff"),
+            ("Transfer-Encoding", "chunked" if self._chunked else ""),
+            ("Content-Length", "" if length is None else str(length)),
+            ("Connection", "close" if self.close else ""),
+            ("X-Ignored-Fields", ", ".join(names)), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
-                 *map(": ".join, pairs), "", ""]
+                 *(f"{name}: {value}" for name, value in pairs if value), "", ""]
         return "\r\n".join(lines).encode("latin-1")
 
 
-def unique_members(pairs: list[tuple[str, Any]]) -> Json:
-    """Refuse two members with one name: which was meant?"""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a name occurs twice in one object")
-    return dict(pairs)
-
-
-CLIENT_JSON = strict_decoder(object_pairs_hook=unique_members)
 PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-version",
                   "anthropic-beta")
 
@@ -1623,43 +1450,35 @@ class Exchange(Reply):
     headers: http.client.HTTPMessage
     body, unread = b"", True
 
-    def admit(self, target: str, busy: str) -> Callable[[Exchange], None]:
-        """Return the route, if the Host, Origin and key are right and the proxy is not busy.
+    def admit(self, target: str) -> Callable[[Exchange], None]:
+        """Return the route, if the Host, Origin and key are right.
 
-        Raises ProxyError 401, 403, 404, 405, 501 or 503, with a hint where there is one.
+        Raises ProxyError 401, 403, 404 or 405, with a hint where there is one.
         """
         method, headers, gate = self.method, self.headers, self.server.gate
         path, mark, query = target.partition("?")
         self.route, self.model_id = match_route(path)
-        self.query, own = mark + query, urllib.parse.urlsplit(self.server.url)
+        self.query, (scheme, _, own) = mark + query, self.server.url.partition("://")
         # What an SDK needs, with the name that this client knows us by.
-        self.base_url = f"{own.scheme}://{headers.get('Host', own.netloc)}/v1"
+        self.base_url = f"{scheme}://{headers.get('Host', own)}/v1"
         self.record.update(method=method, route=self.route)
         self.cors = gate.check_site(headers)
         if method == "OPTIONS" and "Origin" in headers:
             return Exchange.preflight
         if path not in ("/", "/healthz"):
             self.record["caller"] = gate.authenticate(headers)
-        if busy and path not in ("/healthz", "/metrics"):
-            raise ProxyError(503, busy, code="proxy_busy", headers=[("Retry-After", "1")])
         methods = ROUTES.get(self.route, {})
         route = methods.get(method, methods.get("GET") if method == "HEAD" else None)
         if route:
             return route
-        if method not in METHODS:
-            raise ProxyError(501, "unknown method")
         if method in methods:
             raise ProxyError(403, f"{method} {self.route} changes Ollama; run it on the Ollama "
                              "machine", code="admin_route")
         if methods:
-            allow = ", ".join(methods)
-            raise ProxyError(405, f"{self.route} takes only {allow}", headers=[("Allow", allow)])
-        hint = "; remove the slash at its end" if path.rstrip("/") in ROUTES else ""
-        if any(key.startswith("/v1/") and path.endswith(key[3:]) for key in ROUTES):
-            hint = f"; base_url should be {self.base_url}"
-        if path == "/v1/v1/messages":  # Anthropic's clients add /v1 themselves
-            hint = f"; the base URL should be {self.base_url[:-len('/v1')]} here"
-        raise ProxyError(404, f"no route {method} {path[:200]}{hint}", code="no_route")
+            raise ProxyError(405, f"{self.route} takes only {', '.join(methods)}",
+                             headers=[("Allow", ", ".join(methods))])
+        raise ProxyError(404, f"no route {method} {path[:200]}; OpenAI clients need the base URL "
+                         f"{self.base_url}, Anthropic's the same without /v1", code="no_route")
 
     def root(self) -> None:
         """GET /: the page for browsers, a line of text for the rest (such as `ollama`)."""
@@ -1669,21 +1488,18 @@ class Exchange(Reply):
 
     def metrics(self) -> None:
         """GET /metrics, for Prometheus."""
-        self.send_text(self.server.observer.metrics(), "version=0.0.4; ")
+        self.send_text(self.server.observer.metrics())
 
-    def send_text(self, text: str = "ok\n", version: str = "") -> None:
+    def send_text(self, text: str = "ok\n") -> None:
         """Send plain text. GET /healthz: the proxy is alive."""
-        self.send(200, text.encode("utf-8", "backslashreplace"),
-                  f"text/plain; {version}charset=utf-8")
+        self.send(200, text.encode(), "text/plain; charset=utf-8")
 
     def preflight(self) -> None:
         """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
-        wished = self.headers.get("Access-Control-Request-Headers", "")
-        if not re.fullmatch(r"[\w-]*( ?, ?[\w-]+)*", wished, re.ASCII):
-            raise ProxyError(400, "Access-Control-Request-Headers is malformed")
+        wanted = self.headers.get("Access-Control-Request-Headers", "")
         self.send(200, b"", "text/plain", [
             ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-            ("Access-Control-Allow-Headers", wished), ("Access-Control-Max-Age", "600")])
+            ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")])
 
     def models(self) -> None:
         """GET /v1/models and /v1/models/{id}: Ollama's own list, with the aliases.
@@ -1698,74 +1514,67 @@ class Exchange(Reply):
         found: list[Json] = [{**model, "id": self.model_id} for model in models
                              if model["id"] in (self.model_id, self.model_id + ":latest")]
         if self.model_id and not found:
-            raise upstream_error(f"model '{self.model_id[:MAX_MODEL_NAME]}' not found")
+            raise upstream_error(f"model '{self.model_id[:600]}' not found")
         self.send(200, to_bytes(found[0] if found else {"object": "list", "data": models}))
 
     def chat(self) -> None:
         """POST /v1/chat/completions, translated."""
         body = self.read_json()
-        name, shaped = str(body.get("model")), self.shape(body)
-        if len(name) > MAX_MODEL_NAME:
-            raise ProxyError(400, "'model' is too long", "model")
-        request = to_ollama_chat(shaped, self.server.settings.allow_truncation)
-        self.record["ignored"] = request.ignored
-        stream = ChatStream(name, "chatcmpl-" + os.urandom(9).hex(), int(time.time()),
-                            request.wanted)
-        if request.wanted.get("stream"):
-            self.start(heartbeat=stream.heartbeat)
+        native, wanted, ignored = to_ollama_chat(
+            self.shape(body), self.server.settings.allow_truncation)
+        self.record["ignored"] = ignored
+        stream = ChatStream(str(body.get("model")), "chatcmpl-" + os.urandom(9).hex(),
+                            int(time.time()), wanted)
+        if wanted.get("stream"):
+            self.start_frames(stream.heartbeat)
         try:
-            self.answer_chat(stream, request)
+            self.answer_chat(stream, native, wanted)
         except ProxyError as error:
             # Agents send reasoning_effort to every model; one that can't think should answer, too.
-            if "does not support thinking" not in error.message or "effort" not in request.wanted:
+            if "does not support thinking" not in error.message or "effort" not in wanted:
                 raise
-            del request.wanted["effort"], request.body["think"]
-            request.ignored.append("reasoning_effort")
-            self.answer_chat(stream, request)
+            del wanted["effort"], native["think"]
+            ignored.append("reasoning_effort")
+            self.answer_chat(stream, native, wanted)
 
-    def answer_chat(self, stream: ChatStream, request: NativeRequest) -> None:
+    def answer_chat(self, stream: ChatStream, native: Json, wanted: Json) -> None:
         """Send a translated request and translate the answer, streamed or whole."""
-        streamed, data = request.wanted.get("stream"), to_bytes(request.body)
-        traced = streamed and "trace=1" in self.query[1:].split("&")
-
-        def trace(line: bytes) -> None:
-            if traced:  # a comment, which leaves with the next frame
-                self._pending.append(sse_comment(line))
-        if not self.server.shaper.hook:  # its additions are private
-            trace(b"POST /api/chat " + data)
+        streamed, data = wanted.get("stream"), to_bytes(native)
+        traced = bool(streamed and "trace=1" in self.query[1:].split("&"))
+        if traced and not self.server.shaper.hook:  # its additions are private
+            self.pending.append(sse_comment(b"POST /api/chat " + data))
         with self.server.upstream.request(self, "POST", "/api/chat", data) as response:
             if response.status != 200:
-                raise refusal(response, request.wanted)
-            lines = body_lines(response)
-            if not streamed or "forced" in request.wanted:  # all of it is kept
-                lines = at_most(MAX_BODY_BYTES, lines)
-            choices = self.timed(translate(lines, stream, trace))
+                read_object(response, wanted)  # raises the refusal
+            most = float("inf") if streamed and "forced" not in wanted else MAX_BODY_BYTES
+            lines = self.timed(body_lines(response), most, traced)
+            choices = translate(lines, stream)
             if not streamed:
                 self.send(200, to_bytes(whole_answer(stream, choices)))
             else:
                 for part in choices:
-                    self.add(stream.frame(part))
-                usage = sse_event(stream.with_usage([])) if request.wanted.get("usage") else b""
-                self.add(usage + SSE_DONE)
+                    self.pending.append(stream.frame(part))
+                if wanted.get("usage"):
+                    self.pending.append(sse_event(stream.with_usage([])))
+                self.pending.append(SSE_DONE)
                 self.flush(last=True)
         self.record["prompt_tokens"], self.record["completion_tokens"] = stream.tokens
 
-    def timed(self, parts: Iterable[Any]) -> Iterator[Any]:
-        """Yield the same parts; note when the first came."""
-        for part in parts:
-            if self.record["first_token_seconds"] is None:
-                self.record["first_token_seconds"] = time.monotonic() - self.started
-            yield part
+    def timed(self, pieces: Iterable[bytes], left: float = float("inf"),
+              traced: bool = False) -> Iterator[bytes]:
+        """Yield the same pieces; note when the first came; send each as a comment if `traced`.
 
-    def embeddings(self) -> None:
-        """POST /v1/embeddings: passed through, except arrays of tokens, which Ollama refuses."""
-        with contextlib.suppress(ValueError):
-            texts = parse_object(self.body).get("input")
-            if isinstance(texts, list) and any(not isinstance(text, str) for text in texts):
-                raise ProxyError(400, "'input' must be text; Ollama takes no token arrays. With "
-                                 "LangChain, use OpenAIEmbeddings(check_embedding_ctx_length="
-                                 "False)", "input")
-        self.passthrough()
+        Raises ProxyError 502 if they are larger than `left` bytes.
+        """
+        for piece in pieces:
+            if self.record["first_token_seconds"] is None:
+                self.record["first_token_seconds"] = round(time.monotonic() - self.started, 4)
+            left -= len(piece)
+            if left < 0:
+                raise broken_upstream("an answer too long to collect; stream it")
+            if traced and piece.strip():
+                self.pending.append(sse_comment(piece.strip()))
+            yield piece
 
     def passthrough(self) -> None:
         """Ollama's own formats, byte for byte; on request, each line of NDJSON as a frame."""
@@ -1773,52 +1582,35 @@ class Exchange(Reply):
         body = self.shaped_body() if self.method == "POST" else None
         framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
         if framed:
-            self.start(heartbeat=lambda: [sse_comment(b"heartbeat")])
+            self.start_frames(lambda: sse_comment(b"heartbeat"))
         with self.server.upstream.request(self, self.method, self.route + self.query, body,
                                           headers) as response:
-            status = response.status
-            if status != 200 and self.begun or status >= 400 and self.route.startswith("/v1/"):
-                raise refusal(response)  # in OpenAI's form
+            status, kind = response.status, response.headers.get_content_type()
+            if status != 200 and (framed or self.route.startswith("/v1/")):
+                read_object(response)  # raises the refusal, in OpenAI's form
             if status >= 400:
                 self.record.update(end="error", error=f"status_{status}")
-            if framed and status == 200:
-                pieces = raw_frames(self.watched(response, body_lines(response)),
-                                    media_type(response) == NDJSON)
+            pieces = body_lines(response) if framed else body_pieces(response)
+            if kind in (NDJSON, SSE):
+                pieces = self.timed(pieces)
+            pieces = EndMarks(kind if status == 200 else "", self.record).watch(pieces)
+            if framed:
+                pieces = raw_frames(pieces, kind == NDJSON)
             else:
-                pieces = self.watched(response, body_pieces(response))
-                length = int(response.getheader("Content-Length", "0"))  # not 0 for a HEAD, either
                 self.start(status, response.getheader("Content-Type", "application/octet-stream"),
-                           None if response.length is None else length, retry_after(response))
-            try:
-                for piece in pieces:
-                    self.add(piece)
-            except ProxyError:
-                self.flush()  # what came before the cut
-                raise
+                           response.length, retry_after(response))
+            for piece in pieces:
+                self.pending.append(piece)
+            if self.route == TRANSCRIPTIONS and not self.pending and self.record["status"] is None:
+                raise cut_upstream("it is empty")
             self.flush(last=True)
-
-    def watched(self, response: http.client.HTTPResponse,
-                pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield the same pieces; note the tokens. Raises ProxyError 502 if the answer was cut."""
-        marks = EndMarks(media_type(response) if response.status == 200 else "")
-        try:
-            for piece in self.timed(pieces) if marks.kind in (NDJSON, SSE) else pieces:
-                marks.feed(piece)
-                yield piece
-        finally:
-            ended = marks.close()
-            if marks.failed:
-                self.record.update(end="error", error="upstream_error")
-            self.record.update(marks.counts)
-        if not ended or marks.empty and self.route == "/v1/audio/transcriptions":
-            raise cut_upstream("it ended without its end mark")
 
     def read_json(self) -> Json:
         """Return the body as an object. Raises ProxyError 400 or 415."""
         if self.headers.get("Content-Encoding", "identity") != "identity":
             raise ProxyError(415, "send the body without Content-Encoding: the proxy must read it")
         try:
-            return parse_object(self.body, CLIENT_JSON)
+            return parse_object(self.body)
         except ValueError as error:
             raise ProxyError(400, f"the body is not a JSON object: {error}") from None
 
@@ -1830,22 +1622,22 @@ class Exchange(Reply):
 
     def shaped_body(self) -> bytes:
         """Return the body for a route that is passed through: the same bytes, unless changed."""
-        if self.route == "/v1/audio/transcriptions":  # not JSON; a hook sees {}
+        if self.route == TRANSCRIPTIONS:  # not JSON; a hook sees {}
             self.shape({})
-        elif self.server.shaper.changes(self.route):
-            body = self.read_json()
-            for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
-                if not re.fullmatch("[a-z0-9_]+", name):
-                    raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
-            before, after = to_bytes(body), to_bytes(self.shape(body))
-            return self.body if after == before else after
-        else:
+            return self.body
+        if not self.server.shaper.changes(self.route):
             with contextlib.suppress(ValueError):
-                self.shape(parse_object(self.body, CLIENT_JSON))  # for the log
-        return self.body
+                self.shape(parse_object(self.body))  # for the log
+            return self.body
+        body = self.read_json()
+        for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
+            if not re.fullmatch("[a-z0-9_]+", name):
+                raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
+        before, after = to_bytes(body), to_bytes(self.shape(body))
+        return self.body if after == before else after
 
 
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+TRANSCRIPTIONS = "/v1/audio/transcriptions"
 # Path, method, and what serves it. None: it would change Ollama. Everything else is a 404 and is
 # never forwarded. A * is the rest of the path.
 ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
@@ -1855,32 +1647,23 @@ ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/v1/chat/completions": {"POST": Exchange.chat},
     "/v1/models": {"GET": Exchange.models},
     "/v1/models/*": {"GET": Exchange.models},
-    "/v1/embeddings": {"POST": Exchange.embeddings},
     **{path: {"POST": Exchange.passthrough} for path in (
-        "/v1/completions", "/v1/responses", "/v1/messages", "/v1/audio/transcriptions", "/api/chat",
-        "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
+        "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", TRANSCRIPTIONS,
+        "/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
     **{path: {"GET": Exchange.passthrough} for path in (
         "/api/tags", "/api/ps", "/api/version", "/api/status")},
-    **{path: {"POST": None} for path in (
-        "/api/pull", "/api/push", "/api/create", "/api/copy", "/api/me", "/api/signout",
-        "/api/experimental/*")},
+    **{path: {"POST": None} for path in ("/api/pull", "/api/push", "/api/create", "/api/copy")},
     "/api/delete": {"DELETE": None},
     "/api/blobs/*": {"POST": None, "HEAD": None},
 }
 
 
 def match_route(path: str) -> tuple[str, str]:
-    """Return the row of ROUTES for a path, or "none", and what its * stands for.
-
-    A path is decoded once and must then match exactly, without coded slashes; but a model's id,
-    which is only looked up, may be anything.
-    """
-    decoded, coded_slash = urllib.parse.unquote(path), "%2f" in path.lower()
+    """Return the row of ROUTES for a path, or "none", and what its * stands for, decoded."""
     for key in ROUTES:
-        rest = decoded[len(key) - 1:] if key[-1] == "*" and decoded.startswith(key[:-1]) else ""
-        if decoded == key and not coded_slash or rest and (
-                key == "/v1/models/*" or re.fullmatch(r"[\w:-]+", rest, re.ASCII)):
-            return key, rest
+        rest = path[len(key) - 1:] if key[-1] == "*" and path.startswith(key[:-1]) else ""
+        if path == key or rest:
+            return key, urllib.parse.unquote(rest)
     return "none", ""
 
 
@@ -1890,22 +1673,21 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     server: ProxyServer
     disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
     timeout = CLIENT_SECONDS
-    rbufsize = 0  # setup() has a reader of its own
 
     def setup(self) -> None:
         """Prepare the connection, including the TLS handshake."""
         self.excess = len(self.server.connections) > self.server.settings.max_connections
         super().setup()
-        self.rfile.close()
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
-        self.reader = DeadlineReader(self.connection)
-        self.rfile = io.BufferedReader(self.reader, 2048)  # there may be thousands of clients
+        self.deadline = Deadline(self.connection)
+        # A small buffer: there may be thousands of clients.
+        self.rfile = io.BufferedReader(
+            PatientReader(self.connection, self.rfile, self.deadline), 2048)
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it. The one place that decides how it ended."""
-        seconds = LINGER_SECONDS if self.excess else CLIENT_SECONDS
-        self.reader.deadline = time.monotonic() + seconds
+        self.deadline.time = time.monotonic() + CLIENT_SECONDS
         try:
             first = self.rfile.readline(MAX_HEAD_BYTES + 1)
         except (ClientGone, ProxyError):
@@ -1914,7 +1696,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         self.exchange = exchange = Exchange(self.server, self.connection)
-        self.server.observer.count("active_requests")
+        self.server.observer.count({"active_requests": 1})
         try:
             try:
                 self.answer(first)
@@ -1931,7 +1713,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             exchange.close = True
             with contextlib.suppress(ClientGone):
                 exchange.fail(ProxyError(500, "internal error; the proxy's log has the details"))
-        self.server.observer.count("active_requests", "", -1)
+        self.server.observer.count({"active_requests": -1})
         self.observe()
         self.close_connection = exchange.close or self.server.draining
         if exchange.unread and exchange.record["end"] == "error":
@@ -1943,10 +1725,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             head = read_head(first, self.rfile.readline)
             exchange.method, target, exchange.version, exchange.headers = head
-            route = exchange.admit(
-                target, "the proxy is shutting down" if self.server.draining else
-                "the proxy has no free connections" if self.excess else "")
-            self.reader.deadline = time.monotonic() + BODY_SECONDS
+            route = exchange.admit(target)
+            if self.excess and exchange.route not in ("/healthz", "/metrics"):
+                raise ProxyError(503, "the proxy has no free connections", code="proxy_busy",
+                                 headers=[("Retry-After", "1")])
+            self.deadline.time = time.monotonic() + BODY_SECONDS
             exchange.body = read_body(exchange, self.rfile)
         finally:
             self.connection.settimeout(0)  # for writing
@@ -1967,11 +1750,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def observe(self) -> None:
         """Complete the record of this request and pass it on."""
         record, seconds = self.exchange.record, time.monotonic() - self.exchange.started
-        first, tokens = record["first_token_seconds"], record["completion_tokens"]
-        if first is not None:
-            record["first_token_seconds"] = round(first, 4)
-            if tokens:
-                record["tokens_per_second"] = round(tokens / max(seconds - first, 0.0001), 1)
         record.update(
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
             seconds=round(seconds, 4), status=record["status"] or 499,  # nginx's number
@@ -1988,35 +1766,30 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, settings: argparse.Namespace, upstream_key: str = "") -> None:
         self.settings, self.hooks = settings, load_hooks(settings.hooks)
-        keys = settings.api_key or settings.api_key_file
-        self.gate = Gate(Keys(settings.api_key, settings.api_key_file) if keys else None,
-                         self.hooks.get("authenticate"))
+        self.gate = Gate(settings, self.hooks.get("authenticate"))
         self.shaper = Shaper(settings, self.hooks.get("shape"))
-        self.observer = Observer(settings.log, self.hooks.get("observe"))
+        self.observer = Observer(self.hooks.get("observe"))
         self.upstream = Upstream(settings.upstream, upstream_key)
         self.draining = self.stopping = False  # no new requests; no more answers either
         self.connections: set[Any] = set()  # whose add() and discard() need no lock
         host = str(settings.listen.hostname)
-        if not (self.gate.keys or self.gate.hook or settings.insecure or all(
-                ipaddress.ip_address(str(found[4][0]).partition("%")[0]).is_loopback
-                for found in socket.getaddrinfo(host, None))):
+        if not (self.gate.has_keys or self.gate.hook or settings.insecure
+                or re.fullmatch(r"localhost|127(\.\d+){3}|::1", host)):
             raise ValueError(f"anyone who can reach {host} could use your Ollama; set keys with "
                              "--api-key-file FILE, or allow everyone with --insecure")
         self._tls: ssl.SSLContext | None = None
         if settings.tls_cert or settings.tls_key:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
-            for path in filter(None, (settings.tls_cert, settings.tls_key)):
-                open(path, "rb").close()  # whose error names the file; ssl's does not
             try:
                 self._tls.load_cert_chain(settings.tls_cert, settings.tls_key or None)
-            except OSError as error:
-                raise ValueError(f"--tls-cert {settings.tls_cert}, --tls-key "
-                                 f"{settings.tls_key or 'in the same file'}: {error}") from None
+            except OSError as error:  # it names no file
+                raise ValueError(f"--tls-cert {settings.tls_cert or 'is missing'}, --tls-key "
+                                 f"{settings.tls_key or 'is in the same file'}: {error}") from None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, settings.listen.port or 0), ProxyHandler)
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(  # an address that works
-            host, f"[{host}]" if ":" in host else host)
+        shown = REACHABLE.get(host, host)
+        shown = f"[{shown}]" if ":" in shown else shown
         self.url = f"{'https' if self._tls else 'http'}://{shown}:{self.server_port}"
 
     def server_bind(self) -> None:
@@ -2043,10 +1816,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what goes wrong before a request, but not clients that leave."""
-        error = sys.exc_info()[1]
-        if isinstance(error, ssl.SSLError):
-            say(f"warning: TLS with {client_address[0]} failed: {error}")
-        elif not isinstance(error, OSError):
+        if not isinstance(sys.exc_info()[1], OSError):
             say_traceback()
 
     def drain(self) -> bool:
@@ -2065,7 +1835,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 
 
 # ---- 10. Demo: a scripted Ollama -----------------------------------------------------------------
-# For a first look without Ollama. It is spoken to over a real socket, like any other.
+# For a first look without Ollama. The proxy talks to it over a real socket, like to any other.
 
 DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages that it streams
     "demo-text": [{"content": word} for word in re.findall(r"\s*\S+", (
@@ -2080,29 +1850,20 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 }
 
 
-def demo_answer(path: str, body: Json) -> tuple[int, list[Json]]:
+def demo_answer(path: str, model: str) -> tuple[int, list[Json]]:
     """Return the status and the records for a request."""
-    if path == "/api/version":
-        return 200, [{"version": "0.0.0-demo"}]
     if path == "/v1/models":
         return 200, [{"object": "list", "data": [{"id": name, "object": "model", "created": 0,
                                                   "owned_by": "library"} for name in DEMO_MODELS]}]
-    if path not in ("/api/chat", "/api/generate"):
+    if path != "/api/chat":
         return 404, [{"error": f"the demo has no {path}"}]
-    name, last = str(body.get("model")), (body.get("messages") or [{}])[-1]
-    if name not in DEMO_MODELS:
-        return 404, [{"error": f"model '{name}' not found"}]
-    script = DEMO_MODELS[name]
-    if name == "demo-tool" and last.get("role") == "tool":
-        script = [{"content": f"The tool said: {last.get('content')}"}]
-    limit = (body.get("options") or {}).get("num_predict") or len(script)
-    head: Json = {"model": name, "created_at": "2026-01-01T00:00:00Z", "done": False}
-    answer = [part if "error" in part else {
-        **head, "response": part.get("content", "")} if path == "/api/generate" else {
-        **head, "message": {"role": "assistant", "content": "", **part}} for part in script[:limit]]
+    if model not in DEMO_MODELS:
+        return 404, [{"error": f"model '{model}' not found"}]
+    answer = [part if "error" in part else {"model": model, "message": {
+        "role": "assistant", "content": "", **part}, "done": False} for part in DEMO_MODELS[model]]
     if "error" not in answer[-1]:
-        answer.append({**head, "done": True, "prompt_eval_count": 9, "eval_count": len(answer),
-                       "done_reason": "length" if limit < len(script) else "stop"})
+        answer.append({"model": model, "message": {"content": ""}, "done": True,
+                       "done_reason": "stop", "prompt_eval_count": 9, "eval_count": len(answer)})
     return 200, answer
 
 
@@ -2114,8 +1875,8 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer any request, a record at a time."""
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        status, answer = demo_answer(self.path, json.loads(body or b"{}"))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+        status, answer = demo_answer(self.path, str(body.get("model")))
         self.send_response(status)
         self.send_header("Content-Type", NDJSON if "done" in answer[0] else "application/json")
         self.send_header("Transfer-Encoding", "chunked")
@@ -2153,9 +1914,8 @@ body { padding: 1rem; font: 15px/1.5 system-ui, sans-serif } h1, h2 { font-size:
 input, select, textarea, button, section { padding: .4rem .8rem; font: inherit;
   border: 1px solid #8886; border-radius: 6px } input, select, textarea { width: 100% }
 #send { color: Canvas; background: var(--send) } #end { color: var(--error) }
-#code:placeholder-shown, #code:placeholder-shown + button { display: none }
 code > * > span { display: inline-block }
-code, #code, i::before { font: 13px/1.5 monospace } code, code::before { display: block }
+code, i::before { font: 13px/1.5 monospace } code, code::before { display: block }
 code::before { content: attr(title); opacity: .7 } #rows { max-height: 34rem; overflow: auto }
 summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); vertical-align: top }
 summary > div { padding: .2rem .6rem } section + section { margin-top: .6rem }
@@ -2164,12 +1924,10 @@ details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: 
 </style>
 <h1>Ollama's NDJSON in, OpenAI-style SSE out</h1>
 <form class="row"><label>Model <select id="model"></select></label>
-  <label>API key, if any (this tab only) <input id="key" type="password" autocomplete="off">
+  <label>API key, if any <input id="key" type="password" autocomplete="off">
   </label><label class="wide">Prompt <textarea id="prompt">Why is the sky blue?</textarea></label>
   <button id="send" title="Ctrl+Enter">Send</button> <button>Stop</button>
-  <button>Copy as curl</button> <button>Copy as Python</button> <button>Copy as JavaScript</button>
-</form><form><textarea id="code" rows="5" readonly placeholder=" " aria-label="Code"></textarea>
-  <button type="reset">Close</button></form>
+</form>
 <p id="status" role="status"></p><p id="demo" hidden>Demo: these answers are scripted.</p>
 <div class="row"><div><section><h2>As a chat UI shows it</h2>
     <details hidden><summary>Thinking</summary><p id="reasoning"></p></details>
@@ -2252,46 +2010,22 @@ function addCode(cell, label, text) {  // a closed row hides <i>; lines break be
       to.appendChild(document.createElement("span")).textContent = piece;
   });
 }
-function copy(kind) {  // a JSON string is also one in Python and in JavaScript
-  const {model, messages} = question(), shell = (s) => `'${s.replaceAll("'", "'\\''")}'`;
-  $("code").value = {curl: `curl -sSN ${shell(base + "/chat/completions")} -H ${
-    shell("Authorization: Bearer " + key())} -d ${shell(q(question()))}`,
-  Python: `from openai import OpenAI  # pip install openai
-chat = OpenAI(base_url=${q(base)}, api_key=${q(key())}).chat
-for chunk in chat.completions.create(model=${q(model)}, messages=${q(messages)}, stream=True):
-    print(chunk.choices[0].delta.content or "", end="", flush=True)`,
-  JavaScript: `import OpenAI from "openai";  // npm install openai; save this as chat.mjs
-const {chat} = new OpenAI({baseURL: ${q(base)}, apiKey: ${q(key())}});
-for await (const chunk of await chat.completions.create(${q(question())}))
-  process.stdout.write(chunk.choices[0].delta.content ?? "");`}[kind] + "\n";
-  $("code").select();  // navigator.clipboard is for HTTPS only
-  show(document.execCommand("copy") ? "Copied" : "Ctrl+C copies the code");
-}
 const list = () => listModels().catch(({message}) => show(`failed: ${message}`));
 $("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) send() };
-document.forms[0].onsubmit = ({submitter: {textContent: name}}) => {
-  ({Send: send, Stop: () => run.stopper?.abort()}[name] ?? copy)(name.split(" ").pop());
+document.forms[0].onsubmit = ({submitter}) => {
+  submitter.id ? send() : run.stopper?.abort();
   return false;  // stay on this page
 };
-$("key").value = sessionStorage.apiKey ?? "";
-$("key").onchange = () => { sessionStorage.apiKey = $("key").value; list() };
+$("key").onchange = list;
 list();
 </script>
 """
 
 
-def hash_of(tag: str) -> str:
-    """What the Content-Security-Policy calls the page's own <script> or <style>."""
-    inside = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
-
-
-PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks with nobody but the proxy
-    ("Content-Security-Policy", "; ".join([
-        "default-src 'none'", "script-src " + hash_of("script"), "style-src " + hash_of("style"),
-        "img-src data:", "connect-src 'self'", "base-uri 'none'", "form-action 'none'",
-        "frame-ancestors 'none'", "require-trusted-types-for 'script'", "trusted-types 'none'"])),
-    ("Referrer-Policy", "no-referrer"),
+PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks to nobody but the proxy
+    ("Content-Security-Policy", (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+        "connect-src 'self'; frame-ancestors 'none'")),
     ("Cache-Control", "no-cache"), ("Vary", "Accept")]
 
 
@@ -2320,74 +2054,74 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
         f"{scheme or 'http'}://{host or '127.0.0.1'}:{own_port or port}{path.rstrip('/')}")
 
 
-def parse_listen(text: str) -> urllib.parse.SplitResult:
-    """Read HOST:PORT, or either of them."""
-    if "/" in text:
-        raise ValueError(f"{text!r} is not HOST:PORT")
-    return parse_url(":" + text if text.isdigit() else text, 11435)
+def parse_pair(text: str) -> tuple[str, str]:
+    """Read NAME=VALUE."""
+    name, _, value = text.partition("=")
+    if not name or not value:
+        raise ValueError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """Read KEY=VALUE for one of Ollama's options.
+    """Read NAME=VALUE for one of Ollama's options; return the value as JSON.
 
     >>> parse_option("num_ctx=16384"), parse_option("stop=###")
     (('num_ctx', 16384), ('stop', ['###']))
     """
-    name, _, value = text.partition("=")
+    name, value = parse_pair(text)
     if name not in OPTIONS:
         raise ValueError(f"Ollama has no option {name!r}")
     try:
-        return name, [value] if name == "stop" else expect(
-            PLAIN_JSON.decode(value), OPTIONS[name], name)
-    except (ValueError, ProxyError):
-        raise ValueError(f"{text!r} should be {name}=VALUE, of type {OPTIONS[name]}") from None
+        return name, [value] if name == "stop" else json.loads(value)
+    except ValueError:
+        raise ValueError(f"{value!r} is not a value for {name}") from None
 
 
-def matching(pattern: str, meaning: str, convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a reader for texts that match a pattern."""
-    def read(text: str) -> Any:
-        if not re.fullmatch(pattern, text, re.ASCII | re.IGNORECASE):
-            raise ValueError(f"{text!r} is not {meaning}")
-        return convert(text)
-    return read
+def parse_number(text: str) -> int:
+    """Read a whole number."""
+    if not re.fullmatch("[0-9]{1,7}", text):
+        raise ValueError(f"{text!r} is not a whole number")
+    return int(text)
 
 
-PREFIX, NUMBER = "NDJSON_SSE_PROXY_", r"\d{1,7}(\.\d{1,9})?"
-SWITCH = matching("1|true|yes|on|0|false|no|off", "1 or 0",
-                  lambda text: text.lower() in ("1", "true", "yes", "on"))
-FILE = matching(r".*\S.*", "a file name", str)
-DURATION = matching(r"-?\d{1,9}|-?(\d+(\.\d+)?(ns|us|ms|s|m|h))+", "a duration such as 5m or 1h30m",
-                    lambda text: text if text[-1].isalpha() else int(text))
-ALIAS = matching("[^=]+=.+", "NAME=MODEL", lambda text: tuple(text.split("=", 1)))
+SWITCH = False, lambda text: bool(parse_number(text)), ""
+FILE = "", str, "FILE"
 # Flag: default (() makes it repeatable, False a switch), reader, name of its value, help. Each flag
 # has a matching environment variable.
 FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
-    "listen": (parse_listen(""), parse_listen, "HOST:PORT",
-               "where clients connect; port 0 picks a free one"),
+    "listen": (parse_url("", 11435), lambda text: parse_url(text.replace("/", " "), 11435),
+               "HOST:PORT", "where clients connect; port 0 picks a free one"),
     "upstream": (parse_url(""), parse_url, "URL",
                  "where Ollama is; without it $OLLAMA_HOST, if set"),
-    "demo": (False, SWITCH, "", "answer from scripts, without Ollama"),
+    "demo": (*SWITCH, "answer from scripts, without Ollama"),
     "api-key": ((), parse_key, "[NAME:]KEY",
                 "let callers in with this key (other users may see it in the process list)"),
-    "api-key-file": ("", FILE, "FILE",
-                     "let callers in with a key in this file, one per line; re-read on changes"),
-    "insecure": (False, SWITCH, "", "allow other machines without keys"),
-    "tls-cert": ("", FILE, "FILE", "serve HTTPS with this certificate (PEM)"),
-    "tls-key": ("", FILE, "FILE", "its private key, if in a file of its own"),
-    "alias": ((), ALIAS, "NAME=MODEL", "another name for a model"),
-    "option": ((), parse_option, "KEY=VALUE", "default for an Ollama option (num_ctx=16384)"),
-    "keep-alive": (None, DURATION, "DURATION", "default for how long models stay loaded"),
-    "allow-truncation": (False, SWITCH, "", "let Ollama silently cut prompts that are too long"),
-    "hooks": ("", FILE, "FILE.py", "Python with authenticate(), shape() or observe()"),
-    "log": ("text", matching("text|json", "text or json", str.lower), "text|json",
-            "format of the log"),
-    "heartbeat": (10.0, matching(NUMBER, "a number of seconds", float), "SECONDS",
+    "api-key-file": (*FILE, "let callers in with a key in this file, one per line"),
+    "insecure": (*SWITCH, "allow other machines without keys"),
+    "tls-cert": (*FILE, "serve HTTPS with this certificate (PEM)"),
+    "tls-key": (*FILE, "its private key, if in a file of its own"),
+    "alias": ((), parse_pair, "NAME=MODEL", "another name for a model"),
+    "option": ((), parse_option, "NAME=VALUE", "default for an Ollama option (num_ctx=16384)"),
+    "keep-alive": (None, lambda text: int(text) if text.lstrip("-").isdigit() else text,
+                   "DURATION", "default for how long models stay loaded (5m; -1: forever)"),
+    "allow-truncation": (*SWITCH, "let Ollama silently cut prompts that are too long"),
+    "hooks": (*FILE, "Python with authenticate(), shape() or observe()"),
+    "heartbeat": (10, parse_number, "SECONDS",
                   "send a heartbeat after so much silence; 0: never"),
-    "idle-timeout": (600.0, matching("(?=.*[1-9])" + NUMBER, "a number of seconds above 0", float),
-                     "SECONDS", "give up when Ollama is silent for so long, loading included"),
-    "max-connections": (512, matching(r"0*[1-9]\d{0,6}", "a whole number above 0", int), "N",
-                        "connections at the same time; others get a 503"),
+    "idle-timeout": (600, parse_number, "SECONDS",
+                     "give up when Ollama is silent for so long, loading included; 0: never"),
+    "max-connections": (512, parse_number, "N", "connections at the same time; others get a 503"),
 }
+
+
+def read_flag(flag: str, text: str) -> Any:
+    """Read a flag's value. Raises ArgumentTypeError: argparse would show a value, and so a key."""
+    try:
+        if not text.strip():
+            raise ValueError("it is empty")
+        return FLAGS[flag][1](text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -2399,8 +2133,10 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def read_settings(argv: list[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
-    """Return the settings from flags, else the environment, else defaults. Exits with status 2 on
-    a mistake; the message never shows a key."""
+    """Return the settings from flags, else the environment, else defaults.
+
+    Exits with status 2 on a mistake; the message never shows a key.
+    """
     line = CommandLine(
         prog="ndjson_sse_proxy.py", allow_abbrev=False,
         description="Ollama's NDJSON in, OpenAI-style SSE out.",
@@ -2408,34 +2144,29 @@ def read_settings(argv: list[str] | None, environ: Mapping[str, str]) -> argpars
         "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. The proxy sends $OLLAMA_API_KEY to "
         "Ollama as its key.")
     line.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
-    given = {name: value for name, value in environ.items() if name.startswith(PREFIX)}
-    if environ.get("OLLAMA_HOST") and not {"NDJSON_SSE_PROXY_UPSTREAM"} & set(given):
-        given["OLLAMA_HOST"] = environ["OLLAMA_HOST"]
-    values: Json = {flag.replace("-", "_"): default for flag, (default, *_) in FLAGS.items()}
-    names = {PREFIX + name.upper(): name for name in values}
-    for variable, text in given.items():
-        name = names.get(variable, "upstream" if variable == "OLLAMA_HOST" else "")
-        if not name or not text.strip():
-            line.error(f"{variable} is {'empty' if name else 'not a setting'}")
-        default, read, *_ = FLAGS[name.replace("_", "-")]
-        try:
-            values[name] = list(map(read, text.split())) if default == () else read(text)
-        except ValueError as error:
-            line.error(f"{variable}: {error}")
-
-    def checked(read: Callable[[str], Any], text: str) -> Any:
-        try:
-            return read(text)
-        except ValueError as error:  # whose own message would show the value, and so a key
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    for flag, (default, read, metavar, text) in FLAGS.items():
-        kind: Json = {"action": "store_true"} if default is False else {
-            "type": functools.partial(checked, read), "metavar": metavar,
-            "action": "append" if default == () else "store"}
+    values: Json = {}
+    unknown = {name for name in environ if name.startswith("NDJSON_SSE_PROXY_")}
+    for flag, (default, _, metavar, text) in FLAGS.items():
+        name, many = flag.replace("-", "_"), default == ()
         shown = getattr(default, "netloc", default)
-        text += "; repeatable" if default == () else f" (default: {shown})" if shown else ""
+        kind: Json = {"action": "store_true"} if default is False else {
+            "type": functools.partial(read_flag, flag), "metavar": metavar,
+            "action": "append" if many else "store"}
+        text += "; repeatable" if many else f" (default: {shown})" if shown else ""
         line.add_argument("--" + flag, default=argparse.SUPPRESS, help=text, **kind)
+        values[name], variable = default, "NDJSON_SSE_PROXY_" + name.upper()
+        unknown.discard(variable)
+        if flag == "upstream" and variable not in environ and environ.get("OLLAMA_HOST"):
+            variable = "OLLAMA_HOST"
+        if variable in environ:
+            given = environ[variable]
+            try:
+                read = [read_flag(flag, part) for part in (many and given.split() or [given])]
+            except argparse.ArgumentTypeError as error:
+                line.error(f"{variable}: {error}")
+            values[name] = read if many else read[0]
+    if unknown:
+        line.error(f"{min(unknown)} is not a setting")
     found, rest = line.parse_known_args(argv)
     if rest:  # not shown whole: it may be a key
         line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
@@ -2456,8 +2187,8 @@ def allow_descriptors(settings: argparse.Namespace) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         if 0 <= soft < wanted and most < wanted:
             settings.max_connections = max(1, (most - 50) // 2 - MAX_EXTRA)
-            say(f"warning: --max-connections is {settings.max_connections}: this system allows "
-                f"only {most} open files (ulimit -n)")
+            say(f"warning: --max-connections is {settings.max_connections} because this system "
+                f"allows only {most} open files (ulimit -n)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -2465,7 +2196,7 @@ def main(argv: list[str] | None = None) -> int:
     settings, upstream_key = read_settings(argv, os.environ), os.environ.get("OLLAMA_API_KEY", "")
     if settings.demo:
         settings.upstream = parse_url(start_demo())
-    here, there = ({url.port, "localhost" if url.hostname in ("127.0.0.1", "::1") else url.hostname}
+    here, there = ((url.port, re.sub(r"^(127\..*|0\.0\.0\.0|::1?)$", "localhost", url.hostname))
                    for url in (settings.listen, settings.upstream))
     try:
         if not re.fullmatch("[!-~]*", upstream_key):
@@ -2476,12 +2207,34 @@ def main(argv: list[str] | None = None) -> int:
         allow_descriptors(settings)
         return serve(ProxyServer(settings, upstream_key))
     except OSError as error:  # of a file, if it has a name, else of the port
-        what = error.filename or (f"can't listen on {settings.listen.netloc} (choose another with "
-                                  "--listen)")
+        what = error.filename or f"can't listen on {settings.listen.netloc}; try another --listen"
         say(f"ndjson_sse_proxy: {what}: {error.strerror or error}")
     except ValueError as error:
         say(f"ndjson_sse_proxy: {error}")
     return 2
+
+
+def announce(server: ProxyServer, stopping: Callable[[], bool]) -> None:
+    """Say how the proxy is set up, and whether Ollama answers."""
+    settings, gate, count = server.settings, server.gate, len(server.gate.owners)
+    say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
+        f"base_url for clients: {server.url}/v1)")
+    callers = ("anyone whom the authenticate hook accepts" if gate.hook else
+               f"anyone with a key ({count} key{'s' * (count != 1)})" if gate.has_keys else
+               "anyone who can reach it" if settings.insecure else "anyone on this machine")
+    say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
+        f"hooks: {', '.join(server.hooks) or 'none'}")
+    if "num_ctx" in dict(settings.option):
+        say("note: Ollama's own /v1 routes ignore --option num_ctx, and Ollama reloads a model if "
+            "num_ctx changes; OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
+    try:  # so that a wrong URL shows before the first client comes
+        with server.upstream.request(Patience(stopping, CONNECT_SECONDS), "GET",
+                                     "/v1/models") as response:
+            read_object(response)
+    except ProxyError as error:
+        if not stopping():
+            say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}"
+                "); to try the proxy without Ollama, use --demo")
 
 
 def serve(server: ProxyServer) -> int:
@@ -2496,30 +2249,12 @@ def serve(server: ProxyServer) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
-        f"base_url for clients: {server.url}/v1)")
-    settings, gate = server.settings, server.gate
-    count = len(gate.keys.owners) if gate.keys else 0
-    callers = ("anyone whom the authenticate hook accepts" if gate.hook else
-               f"anyone with a key ({count} key{'s' * (count != 1)})" if gate.keys else
-               "anyone who can reach it" if settings.insecure else "anyone on this machine")
-    say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
-        f"hooks: {', '.join(server.hooks) or 'none'}")
-    if "num_ctx" in dict(settings.option):
-        say("note: Ollama's own /v1 routes ignore --option num_ctx, and Ollama reloads a model if "
-            "num_ctx changes; OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
-    try:  # so that a wrong URL shows before the first client comes
-        with server.upstream.request(Patience(lambda: bool(signals), CONNECT_SECONDS), "GET",
-                                     "/api/version") as response:
-            read_object(response)
-    except ProxyError as error:
-        if not signals:
-            say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}"
-                "); to try the proxy without Ollama, use --demo")
+    announce(server, lambda: bool(signals))
     while not signals:
         time.sleep(0.1)
-    if server.observer.active:
-        say(f"stopping: waiting up to {DRAIN_SECONDS:g} s for {server.observer.active} request(s); "
+    count = server.observer.active
+    if count:
+        say(f"stopping: waiting up to {DRAIN_SECONDS:g} s for {count} request{'s' * (count != 1)}; "
             "press Ctrl-C again to stop now")
     whole = server.drain()
     say("stopped" if whole else "stopped; some answers were cut off")

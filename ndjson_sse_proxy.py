@@ -81,7 +81,7 @@ MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures, or a whole
 MAX_HEAD_BYTES = 64 << 10  # request line and headers; browsers send a few KiB
 MAX_HEADERS = 100  # the same limit as http.client's
 MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields; some clients stop at 8 KiB of headers
-MAX_NAME = 100  # characters of a model or field name in the log
+MAX_NAME = 100  # characters of a model or field name in a header or the log
 MAX_EXTRA = 64  # connections above --max-connections that still get a 503
 TAIL_BYTES = 4096  # of a line or an answer, searched for token counts, which come last
 SLICE_BYTES = 64 << 10  # of one write; each slice has its own timeout, so slow readers survive
@@ -166,7 +166,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
 
     `wanted` comes from to_ollama_chat(), for advice that fits the request.
 
-    >>> upstream_error({"error": "{\"error\":{\"code\":400,\"message\":\"too long\"}}"}).message
+    >>> upstream_error({"error": "{\"error\":{\"message\":\"too long\"}}"}).message
     'too long'
     """
     with contextlib.suppress(ValueError, AttributeError):  # when it is a text at last
@@ -324,7 +324,7 @@ class ChatStream:
         self.tokens = 0, 0  # of the prompt and the answer, known once it is done
         self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
                          "model": model, "system_fingerprint": "fp_ollama"}
-        # All but the ]} at its end: a stream serialises its envelope only once.
+        # A stream serialises its envelope only once: all but the ]} at its end.
         self._head = b"data: " + to_bytes({**self.envelope, "choices": []})[:-2]
         self._call_ids: set[str] = set()  # of the tool calls sent so far
         self._text: list[str] = []  # of a forced call, until it is complete
@@ -412,13 +412,7 @@ def translate(lines: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
 
 
 def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
-    """Return the chat.completion that a stream's choices add up to.
-
-    >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
-    >>> lines = [b'{"message":{"content":"H"}}', b'{"message":{"content":"i"},"done":true}']
-    >>> whole_answer(stream, translate(lines, stream))["choices"]
-    [{'index': 0, 'message': {'role': 'assistant', 'content': 'Hi'}, 'finish_reason': 'stop'}]
-    """
+    """Return the chat.completion that a stream's choices add up to."""
     parts: dict[str, list[Any]] = {}
     for part in choices:
         added = {**part["delta"], "logprobs": part.get("logprobs", {}).get("content", [])}
@@ -607,8 +601,7 @@ CHAT_FIELDS: dict[str, Field] = {
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that returns several. A null field
-    counts as not sent, as in OpenAI's API.
+    A place is a name, `group.name`, or * for a conversion that returns several. Null: not sent.
 
     >>> target = {"options": {}}
     >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
@@ -624,7 +617,8 @@ def map_fields(table: dict[str, Field], source: Json, target: Json, where: str =
                 target.update(value)
             elif value is not None:
                 (target[group] if group else target)[key] = value
-    return [where + name for name in source if name not in table and source[name] is not None]
+    return [(where + name)[:MAX_NAME] for name, value in source.items()
+            if name not in table and value is not None]
 
 
 def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
@@ -649,11 +643,8 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
     functions = {to_function_name(tool, where): tool["function"]
                  for where, tool in each(tools, "tools")}
     if isinstance(mode, dict):
-        name = to_function_name(mode, "tool_choice.")
-        if name not in functions:
-            raise ProxyError(400, f"'tool_choice' names {name[:60]!r}, which is not in 'tools'",
-                             "tool_choice")
-        functions, mode = {name: functions[name]}, "required"
+        name, mode = to_function_name(mode, "tool_choice."), "required"
+        functions = {name: functions[name]} if name in functions else {}
     one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
     if mode == "none":
         wanted["max_calls"] = 0  # some models call tools that they have only read about
@@ -665,12 +656,9 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
 
 
 def move_references(schema: Any, root: str, named: bool = False) -> Any:
-    """Rewrite a JSON schema for another place: references to its root ("#") now go to `root`.
+    """Rewrite a JSON schema so that references to its root ("#") go to `root`.
 
     `named` says that the members' names are the client's own, not JSON Schema's.
-
-    >>> move_references({"items": {"$ref": "#/$defs/T"}}, "#/$defs/0")
-    {'items': {'$ref': '#/$defs/0/$defs/T'}}
     """
     if isinstance(schema, list):
         return [move_references(item, root) for item in schema]
@@ -699,8 +687,7 @@ def force_call(native: Json, functions: Json) -> None:
     fill in. ChatStream turns that back into a call.
     """
     if not functions:
-        raise ProxyError(400, "'tool_choice' requires a call, but there are no tools",
-                         "tool_choice")
+        raise ProxyError(400, "'tool_choice' forces a call that 'tools' lacks", "tool_choice")
     calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
         "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}}
         for i, name in enumerate(functions)]
@@ -717,13 +704,11 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
 
     Returns the body for POST /api/chat; what the client wants of the answer (stream, usage, effort,
     max_calls, forced, schema, num_ctx: each if it applies); and the fields that had no effect.
-
-    Ollama always streams to the proxy. By default it silently cuts a prompt that is too long;
-    `truncate: false` makes that an error. We never add `shift`: a value that differs from the
-    loaded model's makes Ollama reload it.
     """
     required(body, "model", "string")
     required(body, "messages", "array")
+    # Ollama silently cuts a prompt that is too long unless `truncate` is false. Never add `shift`:
+    # a value that differs from the loaded model's makes Ollama reload it.
     native: Json = {"options": {}, "wanted": {}, "stream": True, "truncate": truncate}
     try:
         ignored = map_fields(CHAT_FIELDS, body, native)
@@ -735,7 +720,7 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
     except RecursionError:
         raise ProxyError(400, "the body is nested too deeply") from None
     if format and "forced" in wanted:  # only one schema can be obeyed
-        ignored.append("response_format" if body.get("response_format") else "format")
+        ignored.append("response_format")
     if "effort" in wanted:
         native["think"] = wanted["effort"]
     num_ctx = native["options"].get("num_ctx")
@@ -758,12 +743,12 @@ class Patience:
         self._stopping, self._idle_timeout, self._deadline = stopping, idle_timeout, 0.0
 
     def before(self) -> None:
-        """Called before each wait."""
+        """Prepare for a wait. A fast stream is never silent, so look for a stop here, too."""
         self._deadline = time.monotonic() + self._idle_timeout
-        Patience.silence(self)  # here, too: a fast stream is never silent, but must stop
+        Patience.silence(self)
 
     def silence(self) -> None:
-        """Called after each tick of silence. Raises ProxyError 503 or 504 to end the wait."""
+        """Go on waiting, or raise ProxyError 503 or 504 to end the wait."""
         if self._stopping():
             raise ProxyError(503, "the proxy stopped before the answer was complete",
                              code="proxy_stopped")
@@ -868,16 +853,14 @@ class Upstream:
                 headers: Json | None = None) -> Iterator[http.client.HTTPResponse]:
         """Send a request; yield the response once its head is there, which can take minutes.
 
-        Each request has its own connection: closing it tells Ollama to stop. Raises ProxyError
-        502 or 503, and what `patience` raises.
+        Closing the connection tells Ollama to stop. Raises ProxyError, and what `patience` raises.
         """
         def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
             response = http.client.HTTPResponse(sock, *args, **kwargs)
             response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
             return response
 
-        with contextlib.closing(self._connection()) as connection:
-            self._connect(connection)
+        with contextlib.closing(self._connect()) as connection:
             connection.response_class = patient_response  # type: ignore[assignment]
             fields = {"Content-Type": "application/json", **(headers or {}), **self._headers,
                       "Connection": "close"}
@@ -891,8 +874,9 @@ class Upstream:
             with contextlib.closing(ask(connection.getresponse)) as response:
                 yield response
 
-    def _connect(self, connection: http.client.HTTPConnection) -> None:
+    def _connect(self) -> http.client.HTTPConnection:
         try:
+            connection = self._connection()
             connection.connect()
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
@@ -902,6 +886,7 @@ class Upstream:
                              "proxy's --upstream right?", code="upstream_unreachable",
                              detail=f"{self.url.geturl()}: {error}") from error
         connection.sock.settimeout(CLIENT_SECONDS)
+        return connection
 
 
 SSE_ENDS = (b"data: [DONE]", b"event: message_stop", b"event: response.completed",
@@ -910,56 +895,47 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
-class EndMarks:
-    """Watches an answer pass through: has it said that it is complete, and how many tokens?
+def watched(pieces: Iterable[bytes], kind: str, record: Json) -> Iterator[bytes]:
+    """Yield the pieces of an answer; note its tokens. Raises ProxyError 502 if it was cut.
 
-    When its model runner dies, Ollama ends some streams as if they were complete. Only whole
-    lines count: an answer's text may contain anything that looks like an end mark.
+    When its model runner dies, Ollama ends some streams as if they were complete, so look for the
+    end mark. Only whole lines count: an answer's text may contain anything that looks like one.
     """
+    line, streamed = bytearray(), kind in (NDJSON, SSE)
+    ended, last_event = not streamed, False  # whether the present event is the last one
 
-    def __init__(self, kind: str, record: Json) -> None:
-        self._kind, self._record, self._line = kind, record, bytearray()  # the last line so far
-        self._ended = kind not in (NDJSON, SSE)  # other bodies have only HTTP's end
-        self._last_event = False  # whether the present event is the last one
-
-    def watch(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
-        """Yield the same pieces; note the tokens. Raises ProxyError 502 if the answer was cut."""
-        try:
-            for piece in pieces:
-                self._take(piece)
-                yield piece
-        finally:
-            if self._line:  # without a newline
-                self._see(self._line)
-        if not self._ended:
-            raise cut_upstream("it ended without its end mark")
-
-    def _take(self, piece: bytes) -> None:
-        self._line += piece
-        if self._kind not in (NDJSON, SSE):
-            self._line = self._line[-TAIL_BYTES:]
-        elif b"\n" in piece:
-            *lines, self._line = self._line.split(b"\n")
-            for line in lines:
-                self._see(line.rstrip(b"\r"))
-        elif len(self._line) > MAX_BODY_BYTES:
-            raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
-
-    def _see(self, line: bytearray) -> None:
+    def see(line: bytes) -> None:
+        nonlocal ended, last_event
         for count in TOKEN_COUNT.finditer(line[-TAIL_BYTES:]):
-            self._record["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
+            record["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
         failed = False
-        if self._kind == SSE:
-            self._last_event |= line in SSE_ENDS
-            self._ended |= self._last_event and not line
+        if kind == SSE:
+            last_event |= line in SSE_ENDS
+            ended |= last_event and not line
             failed = line in SSE_ENDS[-2:]
-        elif self._kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
+        elif kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
             with contextlib.suppress(ValueError):
-                record = parse_object(bytes(line))
-                failed = "error" in record
-                self._ended |= failed or record.get("done") is True
+                parsed = parse_object(line)
+                failed = "error" in parsed
+                ended |= failed or parsed.get("done") is True
         if failed:
-            self._record.update(end="error", error="upstream_error")
+            record.update(end="error", error="upstream_error")
+
+    for piece in pieces:
+        line += piece
+        if not streamed:
+            line = line[-TAIL_BYTES:]
+        elif b"\n" in piece:
+            *lines, line = line.split(b"\n")
+            for whole in lines:
+                see(bytes(whole.rstrip(b"\r")))
+        elif len(line) > MAX_BODY_BYTES:
+            raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
+        yield piece
+    if line:  # without a newline
+        see(bytes(line))
+    if not ended:
+        raise cut_upstream("it ended without its end mark")
 
 
 # ---- 8. Authenticate, shape, observe -------------------------------------------------------------
@@ -988,7 +964,7 @@ def say_traceback() -> None:
         say("    " + printable(line))
 
 
-def load_hooks(path: str) -> Json:
+def load_hooks(path: str | None) -> Json:
     """Return the hooks in a Python file. Many threads will call them at the same time."""
     # So that `from ndjson_sse_proxy import ProxyError` in a hooks file finds this program.
     sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
@@ -999,17 +975,8 @@ def load_hooks(path: str) -> Json:
     return hooks
 
 
-def digest(key: str) -> bytes:
-    """Return a key's SHA-256: looked up by it, the time taken says nothing about the keys."""
-    return hashlib.sha256(key.encode("utf-8", "replace")).digest()
-
-
 def parse_key(line: str) -> tuple[str, str]:
-    """Split [NAME:]KEY.
-
-    >>> parse_key("alice:sk-0123456789"), parse_key("sk-0123456789")
-    (('alice', 'sk-0123456789'), ('key', 'sk-0123456789'))
-    """
+    """Split [NAME:]KEY; return (name, key)."""
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
         raise ValueError("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
@@ -1088,7 +1055,7 @@ class Gate:
                 self._warning = f"warning: the previous keys stay valid: {printable(str(error))}"
                 if self._warning != before:
                     say(self._warning)
-        return self.owners.get(digest(key))
+        return self.owners.get(hashlib.sha256(key.encode("latin-1")).digest())
 
     def _read_file(self, starting: bool = False) -> None:
         """Read the file if it has changed. Raises OSError or ValueError, and the keys stay."""
@@ -1112,7 +1079,9 @@ class Gate:
         self._store(keys)
 
     def _store(self, keys: list[tuple[str, str]]) -> None:
-        self.owners = {digest(key): name for name, key in self._given + keys}
+        # By SHA-256, so that the time of a look-up says nothing about the keys.
+        self.owners = {hashlib.sha256(key.encode()).digest(): name
+                       for name, key in self._given + keys}
 
 
 TAKE_OPTIONS = ("/v1/chat/completions", "/api/chat", "/api/generate", "/api/embed",
@@ -1208,10 +1177,7 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
 
 
 class Deadline(Patience):
-    """Ends the wait for a client's bytes at a fixed time, so that slow clients can't hold a thread.
-
-    Raises ProxyError 408 then, and ClientGone if the connection breaks.
-    """
+    """Ends the wait for a client's bytes at a fixed time, or slow clients could hold threads."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection, self.time = connection, 0.0
@@ -1267,10 +1233,7 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
 
 
 def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
-    """Read a request's body: by its length or, strictly, in chunks without extensions or trailers.
-
-    Raises ProxyError 400, 411 or 413, and ClientGone.
-    """
+    """Read a request's body: by its length, or in chunks without extensions or trailers."""
     method, headers = request.method, request.headers
     length, chunked = headers.get("Content-Length"), "Transfer-Encoding" in headers
     left, end, body = int(length or 0), b"\r\n" if chunked else b"", bytearray()
@@ -1422,11 +1385,8 @@ class Reply(Patience):
 
     def _head_bytes(self) -> bytes:
         status, content_type, length, headers = self._head
-        ignored = self.record["ignored"] or []
-        names = [urllib.parse.quote(name[:60], "[]", errors="backslashreplace")[:MAX_NAME]
-                 for name in ignored[:MAX_IGNORED_NAMES]]
-        if len(ignored) > len(names):
-            names.append(f"and {len(ignored) - len(names)} more")
+        ignored = urllib.parse.quote(", ".join(self.record["ignored"] or []), "[], ",
+                                     errors="backslashreplace")
         pairs = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("Content-Type", re.sub("[^ -~]+", " ", content_type)),  # may be Ollama's
@@ -1434,7 +1394,7 @@ class Reply(Patience):
             ("Transfer-Encoding", "chunked" if self._chunked else ""),
             ("Content-Length", "" if length is None else str(length)),
             ("Connection", "close" if self.close else ""),
-            ("X-Ignored-Fields", ", ".join(names)), *self.cors, *headers]
+            ("X-Ignored-Fields", ignored), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
                  *(f"{name}: {value}" for name, value in pairs if value), "", ""]
         return "\r\n".join(lines).encode("latin-1")
@@ -1447,14 +1407,12 @@ PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-versi
 class Exchange(Reply):
     """One request and its answer: a method for each route, and what they share."""
 
+    server: ProxyServer
     headers: http.client.HTTPMessage
     body, unread = b"", True
 
     def admit(self, target: str) -> Callable[[Exchange], None]:
-        """Return the route, if the Host, Origin and key are right.
-
-        Raises ProxyError 401, 403, 404 or 405, with a hint where there is one.
-        """
+        """Return the route, if the Host, Origin and key are right, or raise ProxyError."""
         method, headers, gate = self.method, self.headers, self.server.gate
         path, mark, query = target.partition("?")
         self.route, self.model_id = match_route(path)
@@ -1486,12 +1444,8 @@ class Exchange(Reply):
             return self.send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url}\n")
 
-    def metrics(self) -> None:
-        """GET /metrics, for Prometheus."""
-        self.send_text(self.server.observer.metrics())
-
-    def send_text(self, text: str = "ok\n") -> None:
-        """Send plain text. GET /healthz: the proxy is alive."""
+    def send_text(self, text: str) -> None:
+        """GET /healthz and /metrics: send plain text."""
         self.send(200, text.encode(), "text/plain; charset=utf-8")
 
     def preflight(self) -> None:
@@ -1502,9 +1456,9 @@ class Exchange(Reply):
             ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")])
 
     def models(self) -> None:
-        """GET /v1/models and /v1/models/{id}: Ollama's own list, with the aliases.
+        """GET /v1/models and /v1/models/{id}: from Ollama's own list, with the aliases added.
 
-        The id is looked up in the list because Ollama's own route can't find ids with slashes.
+        Ollama's own route can't find ids with slashes.
         """
         with self.server.upstream.request(self, "GET", "/v1/models") as response:
             models: list[Json] = member(read_object(response), "data", list)
@@ -1522,6 +1476,8 @@ class Exchange(Reply):
         body = self.read_json()
         native, wanted, ignored = to_ollama_chat(
             self.shape(body), self.server.settings.allow_truncation)
+        if len(ignored) > MAX_IGNORED_NAMES:
+            ignored[MAX_IGNORED_NAMES:] = [f"and {len(ignored) - MAX_IGNORED_NAMES} more"]
         self.record["ignored"] = ignored
         stream = ChatStream(str(body.get("model")), "chatcmpl-" + os.urandom(9).hex(),
                             int(time.time()), wanted)
@@ -1593,7 +1549,7 @@ class Exchange(Reply):
             pieces = body_lines(response) if framed else body_pieces(response)
             if kind in (NDJSON, SSE):
                 pieces = self.timed(pieces)
-            pieces = EndMarks(kind if status == 200 else "", self.record).watch(pieces)
+            pieces = watched(pieces, kind if status == 200 else "", self.record)
             if framed:
                 pieces = raw_frames(pieces, kind == NDJSON)
             else:
@@ -1642,8 +1598,8 @@ TRANSCRIPTIONS = "/v1/audio/transcriptions"
 # never forwarded. A * is the rest of the path.
 ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/": {"GET": Exchange.root},
-    "/healthz": {"GET": Exchange.send_text},
-    "/metrics": {"GET": Exchange.metrics},
+    "/healthz": {"GET": lambda exchange: exchange.send_text("ok\n")},
+    "/metrics": {"GET": lambda exchange: exchange.send_text(exchange.server.observer.metrics())},
     "/v1/chat/completions": {"POST": Exchange.chat},
     "/v1/models": {"GET": Exchange.models},
     "/v1/models/*": {"GET": Exchange.models},
@@ -1752,8 +1708,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         record, seconds = self.exchange.record, time.monotonic() - self.exchange.started
         record.update(
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
-            seconds=round(seconds, 4), status=record["status"] or 499,  # nginx's number
-            ignored=[name[:MAX_NAME] for name in (record["ignored"] or [])[:MAX_IGNORED_NAMES]])
+            seconds=round(seconds, 4), status=record["status"] or 499)  # nginx's number
         self.server.observer.observe(record)
 
 
@@ -1763,6 +1718,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
     daemon_threads = True  # a stream that never ends must not keep the process alive
     request_queue_size = 128  # the default of 5 refuses a burst of clients
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
+    observer: Observer
 
     def __init__(self, settings: argparse.Namespace, upstream_key: str = "") -> None:
         self.settings, self.hooks = settings, load_hooks(settings.hooks)
@@ -1782,7 +1738,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
             try:
-                self._tls.load_cert_chain(settings.tls_cert, settings.tls_key or None)
+                self._tls.load_cert_chain(settings.tls_cert or "", settings.tls_key)
             except OSError as error:  # it names no file
                 raise ValueError(f"--tls-cert {settings.tls_cert or 'is missing'}, --tls-key "
                                  f"{settings.tls_key or 'is in the same file'}: {error}") from None
@@ -1905,21 +1861,18 @@ def start_demo() -> str:
 PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_sse_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
 <style>
-:root { color-scheme: light dark; --send: #0b62a8; --error: #a8200d; --lit: #fff0b3 }
-@media (prefers-color-scheme: dark) { :root { --send: #7cc0f8; --error: #ff9a8a; --lit: #4d4314 } }
-* { box-sizing: border-box; margin: 0; overflow-wrap: anywhere } p, code { white-space: pre-wrap }
+:root { color-scheme: light dark } * { box-sizing: border-box; margin: 0; overflow-wrap: anywhere }
 body { padding: 1rem; font: 15px/1.5 system-ui, sans-serif } h1, h2 { font-size: 17px }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0 } section { background: #8881 }
 .row > :not(button) { flex: 1 1 18rem; min-width: 0 } .row > .wide { flex: 2 1 37rem }
 input, select, textarea, button, section { padding: .4rem .8rem; font: inherit;
   border: 1px solid #8886; border-radius: 6px } input, select, textarea { width: 100% }
-#send { color: Canvas; background: var(--send) } #end { color: var(--error) }
-code > * > span { display: inline-block }
+p, code { white-space: pre-wrap } section + section { margin-top: .6rem } #end { color: #c33 }
 code, i::before { font: 13px/1.5 monospace } code, code::before { display: block }
-code::before { content: attr(title); opacity: .7 } #rows { max-height: 34rem; overflow: auto }
-summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); vertical-align: top }
-summary > div { padding: .2rem .6rem } section + section { margin-top: .6rem }
-#rows summary { display: block } summary:hover, summary:focus { background: var(--lit) }
+code > * > span { display: inline-block } code::before { content: attr(title); opacity: .7 }
+#rows { max-height: 34rem; overflow: auto } #rows summary { display: block }
+summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); padding: .2rem .6rem;
+  vertical-align: top } summary:hover, summary:focus { background: #fc04 }
 details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: "…" }
 </style>
 <h1>Ollama's NDJSON in, OpenAI-style SSE out</h1>
@@ -2063,7 +2016,7 @@ def parse_pair(text: str) -> tuple[str, str]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE for one of Ollama's options; return the value as JSON.
+    """Read NAME=VALUE for one of Ollama's options; the value is JSON.
 
     >>> parse_option("num_ctx=16384"), parse_option("stop=###")
     (('num_ctx', 16384), ('stop', ['###']))
@@ -2084,44 +2037,30 @@ def parse_number(text: str) -> int:
     return int(text)
 
 
-SWITCH = False, lambda text: bool(parse_number(text)), ""
-FILE = "", str, "FILE"
-# Flag: default (() makes it repeatable, False a switch), reader, name of its value, help. Each flag
-# has a matching environment variable.
+# Flag: default ([] makes it repeatable, False a switch), reader, name of its value, help.
 FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
-    "listen": (parse_url("", 11435), lambda text: parse_url(text.replace("/", " "), 11435),
+    "listen": ("127.0.0.1:11435", lambda text: parse_url(text.replace("/", " "), 11435),
                "HOST:PORT", "where clients connect; port 0 picks a free one"),
-    "upstream": (parse_url(""), parse_url, "URL",
-                 "where Ollama is; without it $OLLAMA_HOST, if set"),
-    "demo": (*SWITCH, "answer from scripts, without Ollama"),
-    "api-key": ((), parse_key, "[NAME:]KEY",
+    "upstream": ("127.0.0.1:11434", parse_url, "URL", "where Ollama is; or set $OLLAMA_HOST"),
+    "demo": (False, bool, "", "answer from scripts, without Ollama"),
+    "api-key": ([], parse_key, "[NAME:]KEY",
                 "let callers in with this key (other users may see it in the process list)"),
-    "api-key-file": (*FILE, "let callers in with a key in this file, one per line"),
-    "insecure": (*SWITCH, "allow other machines without keys"),
-    "tls-cert": (*FILE, "serve HTTPS with this certificate (PEM)"),
-    "tls-key": (*FILE, "its private key, if in a file of its own"),
-    "alias": ((), parse_pair, "NAME=MODEL", "another name for a model"),
-    "option": ((), parse_option, "NAME=VALUE", "default for an Ollama option (num_ctx=16384)"),
+    "api-key-file": (None, str, "FILE", "let callers in with a key in this file, one per line"),
+    "insecure": (False, bool, "", "allow other machines without keys"),
+    "tls-cert": (None, str, "FILE", "serve HTTPS with this certificate (PEM)"),
+    "tls-key": (None, str, "FILE", "its private key, if in a file of its own"),
+    "alias": ([], parse_pair, "NAME=MODEL", "another name for a model"),
+    "option": ([], parse_option, "NAME=VALUE", "default for an Ollama option (num_ctx=16384)"),
     "keep-alive": (None, lambda text: int(text) if text.lstrip("-").isdigit() else text,
                    "DURATION", "default for how long models stay loaded (5m; -1: forever)"),
-    "allow-truncation": (*SWITCH, "let Ollama silently cut prompts that are too long"),
-    "hooks": (*FILE, "Python with authenticate(), shape() or observe()"),
-    "heartbeat": (10, parse_number, "SECONDS",
+    "allow-truncation": (False, bool, "", "let Ollama silently cut prompts that are too long"),
+    "hooks": (None, str, "FILE", "Python with authenticate(), shape() or observe()"),
+    "heartbeat": ("10", parse_number, "SECONDS",
                   "send a heartbeat after so much silence; 0: never"),
-    "idle-timeout": (600, parse_number, "SECONDS",
+    "idle-timeout": ("600", parse_number, "SECONDS",
                      "give up when Ollama is silent for so long, loading included; 0: never"),
-    "max-connections": (512, parse_number, "N", "connections at the same time; others get a 503"),
+    "max-connections": ("512", parse_number, "N", "connections at the same time; others get a 503"),
 }
-
-
-def read_flag(flag: str, text: str) -> Any:
-    """Read a flag's value. Raises ArgumentTypeError: argparse would show a value, and so a key."""
-    try:
-        if not text.strip():
-            raise ValueError("it is empty")
-        return FLAGS[flag][1](text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -2132,11 +2071,18 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"ndjson_sse_proxy: {message} (try --help)\n")
 
 
-def read_settings(argv: list[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:
-    """Return the settings from flags, else the environment, else defaults.
+def read_flag(read: Callable[[str], Any], text: str) -> Any:
+    """Read a flag's value. Raises ArgumentTypeError: argparse would show a value, and so a key."""
+    try:
+        if not text.strip():
+            raise ValueError("it is empty")
+        return read(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
-    Exits with status 2 on a mistake; the message never shows a key.
-    """
+
+def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Namespace:
+    """Return the settings. On a mistake, exit with status 2; the message never shows a key."""
     line = CommandLine(
         prog="ndjson_sse_proxy.py", allow_abbrev=False,
         description="Ollama's NDJSON in, OpenAI-style SSE out.",
@@ -2144,36 +2090,31 @@ def read_settings(argv: list[str] | None, environ: Mapping[str, str]) -> argpars
         "NDJSON_SSE_PROXY_DEMO=1 and so on; the flag wins. The proxy sends $OLLAMA_API_KEY to "
         "Ollama as its key.")
     line.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
-    values: Json = {}
-    unknown = {name for name in environ if name.startswith("NDJSON_SSE_PROXY_")}
-    for flag, (default, _, metavar, text) in FLAGS.items():
-        name, many = flag.replace("-", "_"), default == ()
-        shown = getattr(default, "netloc", default)
+    for flag, (default, read, metavar, text) in FLAGS.items():
         kind: Json = {"action": "store_true"} if default is False else {
-            "type": functools.partial(read_flag, flag), "metavar": metavar,
-            "action": "append" if many else "store"}
-        text += "; repeatable" if many else f" (default: {shown})" if shown else ""
-        line.add_argument("--" + flag, default=argparse.SUPPRESS, help=text, **kind)
-        values[name], variable = default, "NDJSON_SSE_PROXY_" + name.upper()
-        unknown.discard(variable)
-        if flag == "upstream" and variable not in environ and environ.get("OLLAMA_HOST"):
-            variable = "OLLAMA_HOST"
-        if variable in environ:
-            given = environ[variable]
-            try:
-                read = [read_flag(flag, part) for part in (many and given.split() or [given])]
-            except argparse.ArgumentTypeError as error:
-                line.error(f"{variable}: {error}")
-            values[name] = read if many else read[0]
-    if unknown:
-        line.error(f"{min(unknown)} is not a setting")
-    found, rest = line.parse_known_args(argv)
+            "type": functools.partial(read_flag, read), "metavar": metavar,
+            "action": "append" if default == [] else "store"}
+        text += "; repeatable" if default == [] else f" (default: {default})" if default else ""
+        line.add_argument("--" + flag, default=default, help=text, **kind)
+    variables = ["--upstream=" + environ["OLLAMA_HOST"]] if environ.get("OLLAMA_HOST") else []
+    for name, text in environ.items():  # a variable is like a flag in front of the others
+        if name.startswith("NDJSON_SSE_PROXY_"):
+            flag = name[len("NDJSON_SSE_PROXY_"):].lower().replace("_", "-")
+            default = FLAGS.get(flag, [""])[0]
+            if default is not False:
+                parts = text.split() or [""] if default == [] else [text]
+                variables += [f"--{flag}={part}" for part in parts]
+            elif text in ("0", "1"):
+                variables += ["--" + flag] * int(text)
+            else:
+                line.error(f"{name} must be 0 or 1")
+    found, rest = line.parse_known_args(variables + argv)
     if rest:  # not shown whole: it may be a key
         line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
                    "an argument belongs to no flag")
-    if "demo" in found and "upstream" in found:
+    if found.demo and any(text.startswith("--upstream") for text in argv):
         line.error("--demo and --upstream exclude each other")
-    return argparse.Namespace(**{**values, **vars(found)})
+    return found
 
 
 def allow_descriptors(settings: argparse.Namespace) -> None:
@@ -2191,9 +2132,10 @@ def allow_descriptors(settings: argparse.Namespace) -> None:
                 f"allows only {most} open files (ulimit -n)")
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Serve until Ctrl-C or SIGTERM. Returns the exit status: 0 if no answer had to be cut."""
-    settings, upstream_key = read_settings(argv, os.environ), os.environ.get("OLLAMA_API_KEY", "")
+    settings = read_settings(sys.argv[1:], os.environ)
+    upstream_key = os.environ.get("OLLAMA_API_KEY", "")
     if settings.demo:
         settings.upstream = parse_url(start_demo())
     here, there = ((url.port, re.sub(r"^(127\..*|0\.0\.0\.0|::1?)$", "localhost", url.hostname))

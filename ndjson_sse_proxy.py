@@ -724,35 +724,14 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
 NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 
 
-class Patience:
-    """What to do before a wait for Ollama, and during it. Reply, in section 9, does more."""
-
-    def __init__(self, stopping: Callable[[], bool], idle_timeout: float) -> None:
-        self._stopping, self._idle_timeout, self._deadline = stopping, idle_timeout, 0.0
-
-    def before(self) -> None:
-        """Prepare for a wait. A fast stream is never silent, so look for a stop here, too."""
-        self._deadline = time.monotonic() + self._idle_timeout
-        Patience.silence(self)
-
-    def silence(self) -> None:
-        """Go on waiting, or raise ProxyError 503 or 504 to end the wait."""
-        if self._stopping():
-            raise ProxyError(503, "the proxy stopped before the answer was complete",
-                             code="proxy_stopped")
-        if time.monotonic() > self._deadline:
-            raise ProxyError(504, f"Ollama was silent for {self._idle_timeout:g} s "
-                             "(--idle-timeout)", code="upstream_timeout")
-
-    def lost(self, error: OSError) -> Exception:
-        """Return what to raise when the connection breaks."""
-        return cut_upstream(type(error).__name__)
-
-
 class PatientReader(io.RawIOBase):
-    """The raw side of the buffered reader that http.client reads from."""
+    """The raw side of the buffered reader that http.client reads from.
 
-    def __init__(self, sock: socket.socket, original: io.IOBase, patience: Patience) -> None:
+    `patience` says what to do before() a wait, after each tick of silence(), and if the connection
+    is lost(), which returns what to raise. (See Reply and Deadline in section 9.)
+    """
+
+    def __init__(self, sock: socket.socket, original: io.IOBase, patience: Any) -> None:
         # http.client may close its socket early; it stays open as long as the original file.
         self._sock, self._original, self._patience = sock, original, patience
 
@@ -793,10 +772,8 @@ def body_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 
 def body_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield a body as it arrives. Raises ProxyError 502 if it is cut."""
-    yield from iter(functools.partial(ask, response.read1, SLICE_BYTES), b"")
-    if response.length:
-        raise cut_upstream(f"{response.length} bytes are missing")
+    """Yield a body as it arrives."""
+    return iter(functools.partial(ask, response.read1, SLICE_BYTES), b"")
 
 
 def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) -> Json:
@@ -831,7 +808,7 @@ class Upstream:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     @contextlib.contextmanager
-    def request(self, patience: Patience, method: str, path: str, body: bytes | None = None,
+    def request(self, patience: Any, method: str, path: str, body: bytes | None = None,
                 headers: Json | None = None) -> Iterator[http.client.HTTPResponse]:
         """Send a request; yield the response once its head is there, which can take minutes.
 
@@ -842,7 +819,7 @@ class Upstream:
             response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
             return response
 
-        with contextlib.closing(self._connect()) as connection:
+        with contextlib.closing(self.connect()) as connection:
             connection.response_class = patient_response  # type: ignore[assignment]
             fields = {"Content-Type": "application/json", **(headers or {}), **self._headers,
                       "Connection": "close"}
@@ -856,7 +833,8 @@ class Upstream:
             with contextlib.closing(ask(connection.getresponse)) as response:
                 yield response
 
-    def _connect(self) -> http.client.HTTPConnection:
+    def connect(self) -> http.client.HTTPConnection:
+        """Return an open connection. Raises ProxyError 502 or 503."""
         try:
             connection = self._connection()
             connection.connect()
@@ -877,12 +855,14 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
-def watched(pieces: Iterable[bytes], kind: str, record: Json) -> Iterator[bytes]:
+def watched(response: http.client.HTTPResponse, pieces: Iterable[bytes],
+            record: Json) -> Iterator[bytes]:
     """Yield the pieces of an answer; note its tokens. Raises ProxyError 502 if it was cut.
 
     When its model runner dies, Ollama ends some streams as if they were complete, so look for the
     end mark. Only whole lines count: an answer's text may contain anything that looks like one.
     """
+    kind = response.headers.get_content_type() if response.status == 200 else ""
     line, streamed = bytearray(), kind in (NDJSON, SSE)
     ended, last_event = not streamed, False  # whether the present event is the last one
 
@@ -916,8 +896,8 @@ def watched(pieces: Iterable[bytes], kind: str, record: Json) -> Iterator[bytes]
         yield piece
     if line:  # without a newline
         see(bytes(line))
-    if not ended:
-        raise cut_upstream("it ended without its end mark")
+    if not ended or response.length:
+        raise cut_upstream("it ended too early")
 
 
 # ---- 8. Authenticate, shape, observe -------------------------------------------------------------
@@ -1153,7 +1133,7 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
              "x-api-key", "origin")
 
 
-class Deadline(Patience):
+class Deadline:
     """Ends the wait for a client's bytes at a fixed time, or slow clients could hold threads."""
 
     def __init__(self, connection: socket.socket) -> None:
@@ -1254,7 +1234,7 @@ def has_hung_up(client: socket.socket) -> bool:
         return True
 
 
-class Reply(Patience):
+class Reply:
     """The answer to one request, and its log record.
 
     Data collects here and leaves in one write before the thread waits for Ollama. The head leaves
@@ -1267,7 +1247,6 @@ class Reply(Patience):
     _heartbeat: Callable[[], bytes] | None = None  # what one is, if the answer is frames
 
     def __init__(self, server: ProxyServer, connection: socket.socket) -> None:
-        super().__init__(lambda: server.stopping, server.settings.idle_timeout or float("inf"))
         self.server, self.connection = server, connection
         self.started = self._sent_at = time.monotonic()
         self.record: Json = {**dict.fromkeys(RECORD_NAMES), "end": "done", "route": "none",
@@ -1275,18 +1254,29 @@ class Reply(Patience):
         self.pending: list[bytes] = []  # frames or pieces of the body
 
     def before(self) -> None:
+        """Send what is pending before a wait for Ollama. Raises ProxyError 503 to stop."""
         self.flush()
-        super().before()
+        self._deadline = time.monotonic() + (self.server.settings.idle_timeout or float("inf"))
+        if self.server.stopping:
+            raise ProxyError(503, "the proxy stopped before the end", code="proxy_stopped")
 
     def silence(self) -> None:
-        """Raise ClientGone if the client has hung up; send a heartbeat if one is due."""
+        """Send a heartbeat if one is due. Raises ClientGone, and ProxyError 503 or 504."""
         if has_hung_up(self.connection):
             raise ClientGone
-        super().silence()
+        if self.server.stopping:
+            self.before()  # which raises
+        if time.monotonic() > self._deadline:
+            raise ProxyError(504, f"Ollama was silent for {self.server.settings.idle_timeout:g} s "
+                             "(--idle-timeout)", code="upstream_timeout")
         seconds = self.server.settings.heartbeat or float("inf")
         if self._heartbeat and time.monotonic() - self._sent_at >= seconds:
             self.pending.append(self._heartbeat())
             self.flush()
+
+    def lost(self, error: OSError) -> Exception:
+        """Return the error for an Ollama that breaks the connection."""
+        return cut_upstream(type(error).__name__)
 
     def start(self, status: int, content_type: str, length: int | None = None,
               headers: Headers = (), heartbeat: Callable[[], bytes] | None = None) -> None:
@@ -1519,15 +1509,15 @@ class Exchange(Reply):
             self.start_frames(lambda: sse_comment(b"heartbeat"))
         with self.server.upstream.request(self, self.method, self.route + self.query, body,
                                           headers) as response:
-            status, kind = response.status, response.headers.get_content_type()
+            status = response.status
             if status >= 300 and (framed or self.route.startswith("/v1/")):
                 read_object(response)  # raises the refusal, in OpenAI's form
             if status >= 400:
                 self.record.update(end="error", error=f"status_{status}")
             pieces = body_lines(response) if framed else body_pieces(response)
-            if kind in (NDJSON, SSE):
+            if response.headers.get_content_type() in (NDJSON, SSE):
                 pieces = self.timed(pieces)
-            pieces = watched(pieces, kind if status == 200 else "", self.record)
+            pieces = watched(response, pieces, self.record)
             if framed:
                 pieces = raw_frames(pieces)
             else:
@@ -2114,7 +2104,7 @@ def main() -> int:
     return 2
 
 
-def announce(server: ProxyServer, stopping: Callable[[], bool]) -> None:
+def announce(server: ProxyServer) -> None:
     """Say how the proxy is set up, and whether Ollama answers."""
     settings, gate, count = server.settings, server.gate, len(server.gate.owners)
     say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
@@ -2128,9 +2118,7 @@ def announce(server: ProxyServer, stopping: Callable[[], bool]) -> None:
         say("note: Ollama's own /v1 routes ignore --option num_ctx, and Ollama reloads a model if "
             "num_ctx changes; OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
     try:  # so that a wrong URL shows before the first client comes
-        with server.upstream.request(Patience(stopping, CONNECT_SECONDS), "GET",
-                                     "/v1/models") as response:
-            read_object(response)
+        server.upstream.connect().close()
     except ProxyError as error:
         say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()})"
             "; to try the proxy without Ollama, use --demo")
@@ -2148,7 +2136,7 @@ def serve(server: ProxyServer) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, note)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    announce(server, lambda: bool(signals))
+    announce(server)
     while not signals:
         time.sleep(0.1)
     count = server.observer.counts["active_requests"]

@@ -33,7 +33,7 @@ def is_broad(handler):
 
 # The aims are 2,000 lines and 100 KB for the program, and 2,400 lines for the tests. Until they are
 # reached, these limits keep the files from growing: lower them with every cut.
-tree = ast.parse(file_size("ndjson_sse_proxy.py", 2164, 111643, 100))
+tree = ast.parse(file_size("ndjson_sse_proxy.py", 2152, 111200, 100))
 file_size("test_proxy.py", 2150, float("inf"), float("inf"))
 file_size("README.md", 350, 20 * 1024, 110)
 

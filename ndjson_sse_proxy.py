@@ -109,19 +109,15 @@ class ProxyError(Exception):
     """A refusal or failure that the client is told about.
 
     `param` is the request field at fault, `code` a word for programs, `detail` for the log only.
-    Raises ValueError if it can't be sent, so that a hook fails where its mistake is.
     """
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, headers: Headers = (), detail: str | None = None) -> None:
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code
-        self.headers, self.detail = list(headers), detail
-        lines = ["" if isinstance(pair, str) else ": ".join(pair) for pair in self.headers]
-        if (type(status) is not int or not 400 <= status <= 599
-                or {type(text) for text in (message, param or "", code or "")} != {str}
-                or not all(re.fullmatch("[!-9;-~]+: [ -~\xa0-\xff]*", line) for line in lines)):
-            raise ValueError(f"ProxyError{(status, message, param, code, headers)} can't be sent")
+        self.headers, self.detail = headers, detail
+        if type(status) is not int or not 400 <= status <= 599:  # a hook's mistake
+            raise ValueError(f"a ProxyError has a status from 400 to 599, not {status!r}")
 
     def body(self) -> bytes:
         """Return OpenAI's error object in JSON."""
@@ -771,11 +767,6 @@ def body_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
     return iter(functools.partial(ask, response.readline, MAX_LINE_BYTES + 1), b"")
 
 
-def body_pieces(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield a body as it arrives."""
-    return iter(functools.partial(ask, response.read1, SLICE_BYTES), b"")
-
-
 def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) -> Json:
     """Read a JSON answer in one piece. Raises Ollama's refusal as a ProxyError."""
     body = ask(response.read, MAX_BODY_BYTES)
@@ -786,8 +777,13 @@ def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) 
         error = upstream_error(value, max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
         error = broken_upstream(f"status {response.status}, {show(body)}. Is that an Ollama?")
-    error.headers = [("Retry-After", response.getheader("Retry-After", ""))]
+    error.headers = retry_after(response)
     raise error
+
+
+def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
+    """Return Ollama's header of that name; an empty one is not sent."""
+    return [("Retry-After", response.getheader("Retry-After", ""))]
 
 
 # What to connect to: 0.0.0.0 means all addresses; it is often in $OLLAMA_HOST and --listen.
@@ -855,9 +851,9 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
-def watched(response: http.client.HTTPResponse, pieces: Iterable[bytes],
-            record: Json) -> Iterator[bytes]:
-    """Yield the pieces of an answer; note its tokens. Raises ProxyError 502 if it was cut.
+def watched(response: http.client.HTTPResponse, record: Json, started: float,
+            lines: bool) -> Iterator[bytes]:
+    """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
 
     When its model runner dies, Ollama ends some streams as if they were complete, so look for the
     end mark. Only whole lines count: an answer's text may contain anything that looks like one.
@@ -883,14 +879,17 @@ def watched(response: http.client.HTTPResponse, pieces: Iterable[bytes],
         if failed:
             record.update(end="error", error="upstream_error")
 
-    for piece in pieces:
+    for piece in body_lines(response) if lines else iter(
+            functools.partial(ask, response.read1, SLICE_BYTES), b""):
+        if streamed and record["first_token_seconds"] is None:
+            record["first_token_seconds"] = round(time.monotonic() - started, 4)
         line += piece
         if not streamed:
             line = line[-TAIL_BYTES:]
         elif b"\n" in piece:
-            *lines, line = line.split(b"\n")
-            for whole in lines:
-                see(bytes(whole.rstrip(b"\r")))
+            *whole, line = line.split(b"\n")
+            for part in whole:
+                see(bytes(part.rstrip(b"\r")))
         elif len(line) > MAX_BODY_BYTES:
             raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
         yield piece
@@ -1127,8 +1126,8 @@ class Observer:
 # First how requests are read, then how answers are written, then what each route does.
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
-REQUEST_LINE = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/1\.[01])\r\n")
-HEADER_LINE = re.compile(b"(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n")
+HEADER = b"(?:(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n)"
+HEAD = re.compile(b"(" + TOKEN + rb"{1,40}) (/[!-~]*) (HTTP/1\.[01])\r\n" + HEADER + rb"*\r\n")
 ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "authorization",
              "x-api-key", "origin")
 
@@ -1160,25 +1159,21 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
     may read those differently and see one request where there are two (request smuggling), so
     anything ambiguous is refused: ProxyError 400, 414 or 431.
     """
-    match, headers, left = REQUEST_LINE.fullmatch(first), http.client.HTTPMessage(), MAX_HEAD_BYTES
+    head = line = first
+    while line not in (b"\r\n", b"\n", b""):
+        if len(head) > MAX_HEAD_BYTES or head.count(b"\n") > MAX_HEADERS + 1:
+            raise ProxyError(414 if line is first else 431, "the request's head is too large")
+        line = readline(MAX_HEAD_BYTES)
+        head += line
+    match, headers = HEAD.fullmatch(head), http.client.HTTPMessage()
     if not match:
-        raise ProxyError(414, "the request line is too long") if len(first) > left else ProxyError(
-            400, "the request line is not METHOD /path HTTP/1.1")
-    method, target, version = (group.decode() for group in match.groups())
-    while True:
-        line = readline(left)
-        left -= len(line)
-        if line == b"\r\n":
-            break
-        if left <= 0 or len(headers) >= MAX_HEADERS:
-            raise ProxyError(431, "too many headers, or too long ones")
-        match = HEADER_LINE.fullmatch(line)
-        if not match:
-            raise ProxyError(400, f"not a header line: {show(line)}")
-        name = match[1].decode()
+        raise ProxyError(400, "the request's head is malformed")
+    method, target, version = (match[i].decode() for i in (1, 2, 3))
+    for field, value in re.findall(HEADER, head[match.end(3):]):
+        name = field.decode()
         if name in headers and name.lower() in ONCE_ONLY:
             raise ProxyError(400, f"the header {name} is there twice")
-        headers[name] = match[2].strip().decode("latin-1")
+        headers[name] = value.strip().decode("latin-1")
     if version == "HTTP/1.1" and "Host" not in headers:
         raise ProxyError(400, "the Host header is missing")
     if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
@@ -1335,7 +1330,7 @@ class Reply:
 
     def fail(self, error: ProxyError) -> None:
         """Note an error, and tell it in the one way left: a status, an error frame, or a cut."""
-        self.record.update(error=error.code or f"status_{error.status}", detail=error.detail,
+        self.record.update(error=str(error.code or f"status_{error.status}"), detail=error.detail,
                            end="upstream cut" if error.code == "upstream_cut" else "error")
         if self.record["status"] is None:
             self.send(error.status, error.body() + b"\n", headers=error.headers)
@@ -1362,10 +1357,9 @@ class Reply:
             ("Connection", "close" if self.close else ""),
             ("X-Ignored-Fields", ignored), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
-                 # Some values are Ollama's, who may send anything.
-                 *(f"{name}: " + re.sub("[^ -~]+", " ", value) for name, value in pairs if value),
-                 "", ""]
-        return "\r\n".join(lines).encode("latin-1")
+                 *(f"{name}: {value}" for name, value in pairs if value), "", ""]
+        # Some headers are Ollama's or a hook's, and may contain line ends.
+        return "\r\n".join(re.sub("[\0-\x1f]+", " ", line) for line in lines).encode("latin-1")
 
 
 PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-version",
@@ -1377,13 +1371,16 @@ class Exchange(Reply):
 
     server: ProxyServer
     headers: http.client.HTTPMessage
-    body, unread = b"", True
+    body, unread, route, model_id = b"", True, "none", ""
 
     def admit(self, target: str) -> Callable[[Exchange], None]:
         """Return the route, if the Host, Origin and key are right, or raise ProxyError."""
         method, headers, gate = self.method, self.headers, self.server.gate
         path, mark, query = target.partition("?")
-        self.route, self.model_id = match_route(path)
+        for key in ROUTES:
+            rest = path[len(key) - 1:] if key[-1] == "*" and path.startswith(key[:-1]) else ""
+            if path == key or rest:
+                self.route, self.model_id = key, urllib.parse.unquote(rest)
         self.query, (scheme, _, own) = mark + query, self.server.url.partition("://")
         # What an SDK needs, with the name that this client knows us by.
         self.base_url = f"{scheme}://{headers.get('Host', own)}/v1"
@@ -1471,7 +1468,7 @@ class Exchange(Reply):
             if response.status != 200:
                 read_object(response, wanted)  # raises the refusal
             most = float("inf") if streamed and "forced" not in wanted else MAX_BODY_BYTES
-            lines = self.timed(body_lines(response), most, traced)
+            lines = self.seen(body_lines(response), most, traced)
             choices = translate(lines, stream)
             if not streamed:
                 self.send(200, to_bytes(whole_answer(stream, choices)))
@@ -1484,21 +1481,20 @@ class Exchange(Reply):
                 self.flush(last=True)
         self.record["prompt_tokens"], self.record["completion_tokens"] = stream.tokens
 
-    def timed(self, pieces: Iterable[bytes], left: float = float("inf"),
-              traced: bool = False) -> Iterator[bytes]:
-        """Yield the same pieces; note when the first came; send each as a comment if `traced`.
+    def seen(self, lines: Iterable[bytes], left: float, traced: bool) -> Iterator[bytes]:
+        """Yield the same lines; note when the first came; send each as a comment if `traced`.
 
         Raises ProxyError 502 if they are larger than `left` bytes.
         """
-        for piece in pieces:
+        for line in lines:
             if self.record["first_token_seconds"] is None:
                 self.record["first_token_seconds"] = round(time.monotonic() - self.started, 4)
-            left -= len(piece)
+            left -= len(line)
             if left < 0:
                 raise broken_upstream("an answer too long to collect; stream it")
-            if traced and piece.strip():
-                self.pending.append(sse_comment(piece.strip()))
-            yield piece
+            if traced and line.strip():
+                self.pending.append(sse_comment(line.strip()))
+            yield line
 
     def passthrough(self) -> None:
         """Ollama's own formats, byte for byte; on request, each line of NDJSON as a frame."""
@@ -1507,23 +1503,18 @@ class Exchange(Reply):
         framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
         if framed:
             self.start_frames(lambda: sse_comment(b"heartbeat"))
-        with self.server.upstream.request(self, self.method, self.route + self.query, body,
-                                          headers) as response:
-            status = response.status
-            if status >= 300 and (framed or self.route.startswith("/v1/")):
+        path = self.route + self.query
+        with self.server.upstream.request(self, self.method, path, body, headers) as response:
+            if response.status >= 300 and (framed or self.route.startswith("/v1/")):
                 read_object(response)  # raises the refusal, in OpenAI's form
-            if status >= 400:
-                self.record.update(end="error", error=f"status_{status}")
-            pieces = body_lines(response) if framed else body_pieces(response)
-            if response.headers.get_content_type() in (NDJSON, SSE):
-                pieces = self.timed(pieces)
-            pieces = watched(response, pieces, self.record)
+            if response.status >= 400:
+                self.record.update(end="error", error=f"status_{response.status}")
+            pieces = watched(response, self.record, self.started, lines=framed)
             if framed:
                 pieces = raw_frames(pieces)
             else:
-                self.start(status, response.getheader("Content-Type", "application/octet-stream"),
-                           response.length,
-                           [("Retry-After", response.getheader("Retry-After", ""))])
+                self.start(response.status, response.getheader("Content-Type", ""),
+                           response.length, retry_after(response))
             for piece in pieces:
                 self.pending.append(piece)
             if self.route == TRANSCRIPTIONS and not self.pending and self.record["status"] is None:
@@ -1581,15 +1572,6 @@ ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/api/delete": {"DELETE": None},
     "/api/blobs/*": {"POST": None, "HEAD": None},
 }
-
-
-def match_route(path: str) -> tuple[str, str]:
-    """Return the row of ROUTES for a path, or "none", and what its * stands for, decoded."""
-    for key in ROUTES:
-        rest = path[len(key) - 1:] if key[-1] == "*" and path.startswith(key[:-1]) else ""
-        if path == key or rest:
-            return key, urllib.parse.unquote(rest)
-    return "none", ""
 
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
@@ -1668,12 +1650,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> None:
         """Read on for a moment: closing with unread bytes is a reset, which hides the answer."""
-        with contextlib.suppress(OSError):  # the client is gone already
+        self.deadline.time = time.monotonic() + LINGER_SECONDS
+        with contextlib.suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(LINGER_SECONDS)
-            deadline = time.monotonic() + LINGER_SECONDS
-            while time.monotonic() < deadline and self.connection.recv(SLICE_BYTES):
+            while self.rfile.read(SLICE_BYTES):
                 pass
+
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The proxy. It accepts connections as soon as it exists; serve_forever() answers them."""

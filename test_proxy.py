@@ -1340,10 +1340,9 @@ def test_shape_hook_changes_the_body_on_every_route(start, hooks):
 @pytest.mark.parametrize("hook", ["authenticate(headers)", "shape(route, body, caller)"])
 @pytest.mark.parametrize("raised", [
     *[f"ProxyError(429, 'x', headers={headers})" for headers in (
-        "{'Retry-After': '1'}", "['Retry-After: 1']", "[('Retry-After', 1)]", "[('X', '\\u20ac')]",
-        "[('X', 'a\\r\\nY: b')]", "[('X:', 'a')]")],
+        "{'Retry-After': '1'}", "['Retry-After: 1']", "[('X', '\\u20ac')]", "5")],
     *[f"ProxyError({values})" for values in (
-        "99, 'x'", "200, 'x'", "'429', 'x'", "429, 5", "429, 'x', code=5.0", "429, 'x', param={1}", "")],
+        "99, 'x'", "200, 'x'", "'429', 'x'", "429, float('nan')", "429, 'x', code={1}", "429, 'x', param={1}", "")],
     "type('Empty', (ProxyError,), {'__init__': lambda self: None})()", "SystemExit(3)", "GeneratorExit()",
     "StopIteration()", "socket.timeout('x')", "ConnectionResetError()", "PermissionError(13, '', '/secret')",
     "ValueError('\\r\\n\\x85\\u2028\\x0b\\x1b\\n'.join(['{\"status\":200}'] * 2))"])

@@ -60,16 +60,22 @@ import threading
 import time
 import traceback
 import urllib.parse
-from typing import TYPE_CHECKING, Any
+from typing import (
+    Any,
+    Callable,
+    Dict,
+    Iterable,
+    Iterator,
+    Mapping,
+    NoReturn,
+    Optional,
+    Tuple,
+)
 
-if TYPE_CHECKING:  # names for annotations, which never run
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from typing import NoReturn
-
-    Json = dict[str, Any]
-    Headers = Iterable[tuple[str, str]]
-    Convert = Callable[[Any, str], Any]  # (value, its name in the request) -> Ollama's value
-    Field = tuple[str, str, Convert | None]
+Json = Dict[str, Any]
+Headers = Iterable[Tuple[str, str]]
+Convert = Callable[[Any, str], Any]  # (value, its name in the request) -> Ollama's value
+Field = Tuple[str, str, Optional[Convert]]
 
 __version__ = "0.2.0"
 
@@ -297,8 +303,6 @@ OPENING = choice({"role": "assistant", "content": ""})  # before everything else
 class ChatStream:
     """Turns records of POST /api/chat into the choices of chat.completion.chunk objects.
 
-    `wanted` says what the client wants of the answer (see to_ollama_chat).
-
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> [choice["delta"] for choice in stream.feed({"message": {"content": "Hi"}})]
     [{'role': 'assistant', 'content': ''}, {'content': 'Hi'}]
@@ -307,7 +311,7 @@ class ChatStream:
     """
 
     def __init__(self, model: str, stream_id: str, created: int,
-                 wanted: Json | None = None) -> None:
+                 wanted: Json | None = None) -> None:  # see to_ollama_chat()
         self._wanted, self._opened, self.done = wanted or {}, False, False
         self.tokens = 0, 0  # of the prompt and the answer, known once it is done
         self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
@@ -542,9 +546,12 @@ MESSAGE_FIELDS: dict[str, Field] = {
 }
 
 # Ollama's options: members of `options`, or fields of their own (extra_body).
-OPTIONS = ("num_ctx", "num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread",
-           "repeat_last_n", "top_k", "min_p", "typical_p", "repeat_penalty", "use_mmap",
-           "temperature", "top_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+OPTIONS = {
+    **dict.fromkeys(("num_predict", "num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread",
+                     "repeat_last_n", "top_k", "min_p", "typical_p", "repeat_penalty", "use_mmap"),
+                    "any"),
+    **dict.fromkeys(("temperature", "top_p", "presence_penalty", "frequency_penalty"), "number"),
+    "num_ctx": "integer", "seed": "integer", "stop": "string or array"}
 
 CHAT_FIELDS: dict[str, Field] = {
     # OpenAI's name: JSON type, place in Ollama's body, conversion
@@ -553,13 +560,7 @@ CHAT_FIELDS: dict[str, Field] = {
         "keep_alive": "string or number", "think": "boolean or string",
         "format": "string or object", "truncate": "boolean", "shift": "boolean",
         "logprobs": "boolean", "top_logprobs": "integer"}.items()},
-    **{name: ("any", f"options.{name}", None) for name in OPTIONS},
-    **{name: ("number", f"options.{name}", None) for name in (
-        "temperature", "top_p", "presence_penalty", "frequency_penalty")},
-    "num_ctx": ("integer", "options.num_ctx", None),
-    "seed": ("integer", "options.seed", None),
-    "stop": ("string or array", "options.stop", lambda value, param:
-             [value] if isinstance(value, str) else value),
+    **{name: (types, f"options.{name}", None) for name, types in OPTIONS.items()},
     "max_tokens": ("integer", "options.num_predict", None),
     "max_completion_tokens": ("integer", "options.num_predict", None),
     "response_format": ("object", "format", to_format),
@@ -579,10 +580,8 @@ CHAT_FIELDS: dict[str, Field] = {
     "n": refused("Ollama gives one answer per request; send more requests", 1),
     **dict.fromkeys(("logit_bias", "store", "moderation", "web_search_options"),
                     refused("neither the proxy nor Ollama can do it")),
-    "audio": refused("Ollama answers with text"),
-    "modalities": refused("Ollama answers with text", ["text"]),
-    "functions": refused("use tools"),
-    "function_call": refused("use tool_choice"),
+    **dict.fromkeys(("audio", "modalities"), refused("Ollama answers with text", ["text"])),
+    **dict.fromkeys(("functions", "function_call"), refused("use tools and tool_choice")),
 }
 
 
@@ -665,10 +664,9 @@ def move_schemas(schemas: list[Any], whole: Json) -> Json:
 
 
 def force_call(native: Json, functions: Json) -> None:
-    """Make the model call one of the functions, even a model without tools.
+    """Let the model write nothing but {"name", "arguments"}; ChatStream turns that into a call.
 
-    `format` lets it write nothing but {"name", "arguments"}, and a system message says what to
-    fill in. ChatStream turns that back into a call.
+    So models without tools can make calls, too.
     """
     if not functions:
         raise ProxyError(400, "'tool_choice' forces a call that 'tools' lacks", "tool_choice")
@@ -707,6 +705,8 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
         ignored.append("response_format")
     if "effort" in wanted:
         native["think"] = wanted["effort"]
+    if isinstance(native["options"].get("stop"), str):
+        native["options"]["stop"] = [native["options"]["stop"]]  # Ollama takes only arrays
     num_ctx = native["options"].get("num_ctx")
     wanted["num_ctx"] = num_ctx if isinstance(num_ctx, int) else 0
     return native, wanted, ignored
@@ -819,12 +819,8 @@ class Upstream:
             connection.response_class = patient_response  # type: ignore[assignment]
             fields = {"Content-Type": "application/json", **(headers or {}), **self._headers,
                       "Connection": "close"}
-            try:
+            with contextlib.suppress(OSError):  # Ollama may refuse a body before all of it is sent
                 connection.request(method, self.url.path + path, body, fields)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # Ollama may refuse a large body, and hang up, before all of it is sent
-            except OSError as error:
-                raise patience.lost(error) from error
             connection.sock.settimeout(TICK_SECONDS)
             with contextlib.closing(ask(connection.getresponse)) as response:
                 yield response
@@ -855,8 +851,8 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
             lines: bool) -> Iterator[bytes]:
     """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
 
-    When its model runner dies, Ollama ends some streams as if they were complete, so look for the
-    end mark. Only whole lines count: an answer's text may contain anything that looks like one.
+    When its model runner dies, Ollama ends some streams as if they were complete. So look for the
+    end mark, in whole lines: an answer's text may contain anything that looks like one.
     """
     kind = response.headers.get_content_type() if response.status == 200 else ""
     line, streamed = bytearray(), kind in (NDJSON, SSE)
@@ -904,11 +900,6 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
 # the --hooks file replaces authenticate(), runs before shape() and after observe().
 
 
-def printable(text: str) -> str:
-    """Escape everything that a terminal might obey."""
-    return re.sub("[^ -~]", lambda match: ascii(match[0])[1:-1], text)
-
-
 def say(text: str) -> None:
     """Write a line to stderr. If nobody reads it there, it is dropped: answers must go on."""
     data = (text + "\n").encode("ascii", "backslashreplace")
@@ -922,7 +913,7 @@ def say(text: str) -> None:
 def say_traceback() -> None:
     """Log the current exception, each line indented: it may quote what a client sent."""
     for line in ["error, by the proxy or by a hook:", *traceback.format_exc().splitlines()]:
-        say("    " + printable(line))
+        say("    " + re.sub("[^ -~]", "?", line))
 
 
 def load_hooks(path: str | None) -> Json:
@@ -945,12 +936,6 @@ def parse_key(line: str) -> tuple[str, str]:
     return name or "key", key
 
 
-def refused_key(message: str = "") -> ProxyError:
-    """Return the error for a caller without a valid key."""
-    return ProxyError(401, message or "the API key is missing or wrong", code="invalid_api_key",
-                      headers=[("WWW-Authenticate", "Bearer")])
-
-
 # Ollama's own rules for an API without keys.
 LOCAL_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\d.]+|[\w-]+|[\w.-]*\.(localhost|local|internal))"
                         r"(:\d+)?", re.ASCII)
@@ -959,10 +944,7 @@ LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 
 class Gate:
-    """Decides which web pages and which callers get in.
-
-    Keys come from the command line, and from a file that is re-read when it changes.
-    """
+    """Decides which web pages and callers get in. Re-reads the key file when it changes."""
 
     def __init__(self, settings: argparse.Namespace, hook: Callable[[Any], Any] | None) -> None:
         self.hook, self._path, self._given = hook, settings.api_key_file, list(settings.api_key)
@@ -976,20 +958,16 @@ class Gate:
     def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
         """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
 
-        With keys any page may try, because a foreign page has no key. Otherwise the Host must be
-        local, since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the
-        Origin, since any page can send a simple POST anywhere.
+        With keys any page may try: a foreign page has no key. Otherwise the Host must be local,
+        since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the Origin.
         """
         origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
         any_page = self.has_keys and not self.hook
-        own_name = host.partition(":")[0] == socket.gethostname().lower()
-        for name, value, is_local in (
-                ("Host", host, own_name or LOCAL_HOST.fullmatch(host)),
-                ("Origin", origin, not origin or origin.partition("://")[2] == host
-                 or LOCAL_ORIGIN.fullmatch(origin))):
-            if not (any_page or is_local):
-                raise ProxyError(403, f"the {name} {printable(value[:200])} is not local; set keys "
-                                 f"to allow any {name}", code="not_local")
+        local = LOCAL_HOST.fullmatch(host) or host.split(":")[0] == socket.gethostname().lower()
+        if not (any_page or local and (not origin or origin.partition("://")[2] == host
+                                       or LOCAL_ORIGIN.fullmatch(origin))):
+            foreign = f"Origin {origin[:200]}" if local else f"Host {host[:200]}"
+            raise ProxyError(403, f"{foreign} is not local; set keys to allow any", code="foreign")
         return [("Access-Control-Allow-Origin", "*" if any_page else origin), ("Vary", "Origin"),
                 ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-ignored-fields")
                 ] if origin else []
@@ -1001,9 +979,16 @@ class Gate:
         scheme, _, key = headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")  # Anthropic's clients
-        caller = self.hook(headers) if self.hook else self._owner(key.strip())
+        caller, why = None, "the API key is missing or wrong"
+        try:
+            caller = self.hook(headers) if self.hook else self._owner(key.strip())
+        except PermissionError as error:
+            if error.errno is not None:  # the system's; a hook's own has no number
+                raise
+            why = str(error)
         if not isinstance(caller, str):  # a forgotten `return` in a hook must not let everyone in
-            raise refused_key()
+            raise ProxyError(401, why, code="invalid_api_key",
+                             headers=[("WWW-Authenticate", "Bearer")])
         return caller
 
     def _owner(self, key: str) -> str | None:
@@ -1013,7 +998,7 @@ class Gate:
                 if self._path:
                     self._read_file()
             except (OSError, ValueError) as error:
-                self._warning = f"warning: the previous keys stay valid: {printable(str(error))}"
+                self._warning = f"warning: the previous keys stay valid: {error}"
                 if self._warning != before:
                     say(self._warning)
         return self.owners.get(hashlib.sha256(key.encode("latin-1")).digest())
@@ -1081,6 +1066,7 @@ class Shaper:
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "end", "error", "detail", "ignored")
+
 
 class Observer:
     """Logs each request as one line of JSON and counts it for Prometheus."""
@@ -1156,8 +1142,7 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
     http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
-    may read those differently and see one request where there are two (request smuggling), so
-    anything ambiguous is refused: ProxyError 400, 414 or 431.
+    may see one request where there are two (request smuggling), so anything ambiguous is a 400.
     """
     head = line = first
     while line not in (b"\r\n", b"\n", b""):
@@ -1232,8 +1217,8 @@ def has_hung_up(client: socket.socket) -> bool:
 class Reply:
     """The answer to one request, and its log record.
 
-    Data collects here and leaves in one write before the thread waits for Ollama. The head leaves
-    with the first of it, so that an early failure has its own status.
+    Data leaves in one write before a wait for Ollama. The head leaves with the first of it, so that
+    an early failure has its own status.
     """
 
     version, method = "HTTP/1.0", ""  # until they are known
@@ -1280,11 +1265,6 @@ class Reply:
         self._chunked, self._heartbeat = length is None and self.version == "HTTP/1.1", heartbeat
         self.pending.clear()
 
-    def start_frames(self, heartbeat: Callable[[], bytes]) -> None:
-        """Set the head of a stream of frames. nginx would buffer them without the last header."""
-        self.start(200, "text/event-stream; charset=utf-8", heartbeat=heartbeat, headers=[
-            ("Cache-Control", "no-cache"), ("X-Accel-Buffering", "no")])
-
     def flush(self, last: bool = False) -> None:
         """Send what is pending; `last` ends the body. A chunked body without its end was cut."""
         if not self.pending and not last:
@@ -1304,11 +1284,9 @@ class Reply:
         self._sent_at = time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Write bytes. Raises ClientGone.
-
-        The socket has no timeout, or each send() would poll first. Only a slow reader gets one,
-        for a slice at a time: sendall() would count it for all of the bytes.
-        """
+        """Write bytes. Raises ClientGone."""
+        # With a timeout, each send() would poll first, so only a slow reader gets one; for a slice
+        # at a time, because sendall() counts it for all of the bytes.
         view = memoryview(data)
         try:
             while view:
@@ -1355,6 +1333,8 @@ class Reply:
             ("Transfer-Encoding", "chunked" if self._chunked else ""),
             ("Content-Length", "" if length is None else str(length)),
             ("Connection", "close" if self.close else ""),
+            ("Cache-Control", "no-cache" if self._heartbeat else ""),
+            ("X-Accel-Buffering", "no" if self._heartbeat else ""),  # nginx would buffer frames
             ("X-Ignored-Fields", ignored), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
                  *(f"{name}: {value}" for name, value in pairs if value), "", ""]
@@ -1362,6 +1342,7 @@ class Reply:
         return "\r\n".join(re.sub("[\0-\x1f]+", " ", line) for line in lines).encode("latin-1")
 
 
+FRAMES = "text/event-stream; charset=utf-8"
 PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-version",
                   "anthropic-beta")
 
@@ -1421,10 +1402,7 @@ class Exchange(Reply):
             ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")])
 
     def models(self) -> None:
-        """GET /v1/models and /v1/models/{id}: from Ollama's own list, with the aliases added.
-
-        Ollama's own route can't find ids with slashes.
-        """
+        """GET /v1/models and /v1/models/{id}, which may have slashes: Ollama's list and aliases."""
         with self.server.upstream.request(self, "GET", "/v1/models") as response:
             models: list[Json] = member(read_object(response), "data", list)
         ids = [member(model, "id", str, needed=True) for model in models]
@@ -1447,7 +1425,7 @@ class Exchange(Reply):
         stream = ChatStream(str(body.get("model")), "chatcmpl-" + os.urandom(9).hex(),
                             int(time.time()), wanted)
         if wanted.get("stream"):
-            self.start_frames(stream.heartbeat)
+            self.start(200, FRAMES, heartbeat=stream.heartbeat)
         try:
             self.answer_chat(stream, native, wanted)
         except ProxyError as error:
@@ -1482,10 +1460,7 @@ class Exchange(Reply):
         self.record["prompt_tokens"], self.record["completion_tokens"] = stream.tokens
 
     def seen(self, lines: Iterable[bytes], left: float, traced: bool) -> Iterator[bytes]:
-        """Yield the same lines; note when the first came; send each as a comment if `traced`.
-
-        Raises ProxyError 502 if they are larger than `left` bytes.
-        """
+        """Yield the same lines, `left` bytes at most; send each as a comment, too, if `traced`."""
         for line in lines:
             if self.record["first_token_seconds"] is None:
                 self.record["first_token_seconds"] = round(time.monotonic() - self.started, 4)
@@ -1502,7 +1477,7 @@ class Exchange(Reply):
         body = self.shaped_body() if self.method == "POST" else None
         framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
         if framed:
-            self.start_frames(lambda: sse_comment(b"heartbeat"))
+            self.start(200, FRAMES, heartbeat=lambda: sse_comment(b"heartbeat"))
         path = self.route + self.query
         with self.server.upstream.request(self, self.method, path, body, headers) as response:
             if response.status >= 300 and (framed or self.route.startswith("/v1/")):
@@ -1606,10 +1581,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         try:
             try:
                 self.answer(first)
-            except PermissionError as error:
-                if error.errno is not None:  # the system's; a hook's own has no number
-                    raise
-                exchange.fail(refused_key(str(error)))
             except ProxyError as error:
                 exchange.fail(error)
         except ClientGone:
@@ -1751,42 +1722,41 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 }
 
 
-def demo_answer(path: str, model: str) -> tuple[int, list[Json]]:
-    """Return the status and the records for a request."""
-    if path == "/v1/models":
-        return 200, [{"object": "list", "data": [{"id": name, "object": "model", "created": 0,
-                                                  "owned_by": "library"} for name in DEMO_MODELS]}]
-    if path != "/api/chat":
-        return 404, [{"error": f"the demo has no {path}"}]
-    if model not in DEMO_MODELS:
-        return 404, [{"error": f"model '{model}' not found"}]
-    answer = [part if "error" in part else {"model": model, "message": {
-        "role": "assistant", "content": "", **part}, "done": False} for part in DEMO_MODELS[model]]
-    if "error" not in answer[-1]:
-        answer.append({"model": model, "message": {"content": ""}, "done": True,
-                       "done_reason": "stop", "prompt_eval_count": 9, "eval_count": len(answer)})
-    return 200, answer
-
-
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Serves demo_answer() in chunks, as Ollama does."""
+    """Answers in chunks, as Ollama does."""
 
     protocol_version = "HTTP/1.1"
     pace = 0.03  # seconds between two records: slow enough to watch
 
+    def do_GET(self) -> None:
+        """List the models."""
+        self.send(200, {"object": "list", "data": [
+            {"id": name, "object": "model", "created": 0, "owned_by": "library"}
+            for name in DEMO_MODELS]})
+
     def do_POST(self) -> None:
-        """Answer any request, a record at a time."""
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        status, answer = demo_answer(self.path, str(body.get("model")))
+        """Answer a chat, a record at a time."""
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        model = body.get("model")
+        if self.path != "/api/chat":
+            return self.send(404, {"error": f"the demo has no {self.path}"})
+        if model not in DEMO_MODELS:
+            return self.send(404, {"error": f"model '{model}' not found"})
+        answer = [part if "error" in part else {"model": model, "message": {
+            "role": "assistant", "content": "", **part}} for part in DEMO_MODELS[model]]
+        last = {"model": model, "message": {"content": ""}, "done": True, "done_reason": "stop",
+                "prompt_eval_count": 9, "eval_count": len(answer)}
+        self.send(200, *answer, *[last] * ("error" not in answer[-1]))
+
+    def send(self, status: int, *answer: Json) -> None:
+        """Send records, or one object."""
         self.send_response(status)
-        self.send_header("Content-Type", NDJSON if "done" in answer[0] else "application/json")
+        self.send_header("Content-Type", NDJSON if answer[1:] else "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
-        for line in [to_bytes(record) + b"\n" for record in answer] + [b""]:
+        for line in [*(to_bytes(record) + b"\n" for record in answer), b""]:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
-            time.sleep(self.pace if len(answer) > 1 else 0)
-
-    do_GET = do_POST
+            time.sleep(self.pace if answer[1:] else 0)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the proxy logs."""
@@ -1924,11 +1894,7 @@ PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks to nobody
 
 
 def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
-    """Read HOST, HOST:PORT or a URL the way Ollama reads $OLLAMA_HOST.
-
-    >>> parse_url("192.0.2.7").geturl(), parse_url("https://box/ollama").geturl()
-    ('http://192.0.2.7:11434', 'https://box:443/ollama')
-    """
+    """Read HOST, HOST:PORT or a URL the way Ollama reads $OLLAMA_HOST."""
     match = re.fullmatch(
         r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!\"$->@-~]*)?",
         text.strip(), re.ASCII | re.IGNORECASE)
@@ -2050,14 +2016,14 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
 
 def allow_descriptors(settings: argparse.Namespace) -> None:
     """Raise the system's limit of open files, or lower --max-connections to fit it."""
-    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows has no such limit
+    with contextlib.suppress(ImportError):  # Windows has no such limit
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * (settings.max_connections + MAX_EXTRA) + 50  # a stream takes two
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
         if 0 <= soft < most:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-        if 0 <= soft < wanted and most < wanted:
+        if most < wanted:
             settings.max_connections = max(1, (most - 50) // 2 - MAX_EXTRA)
             say(f"warning: --max-connections is {settings.max_connections} because this system "
                 f"allows only {most} open files (ulimit -n)")
@@ -2102,8 +2068,7 @@ def announce(server: ProxyServer) -> None:
     try:  # so that a wrong URL shows before the first client comes
         server.upstream.connect().close()
     except ProxyError as error:
-        say(f"warning: {printable(error.message)} ({error.detail or settings.upstream.geturl()})"
-            "; to try the proxy without Ollama, use --demo")
+        say(f"warning: {error.message} ({error.detail}); to try the proxy without Ollama, use --demo")
 
 
 def serve(server: ProxyServer) -> int:

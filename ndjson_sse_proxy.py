@@ -209,12 +209,7 @@ def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
         return value
     if value is None and isinstance(record, dict) and not needed:
         return kind()
-    raise broken_upstream(f"no {kind.__name__} {name!r} in {show(to_bytes(record))}")
-
-
-def show(data: bytes) -> str:
-    """Return the start of some bytes, for a message."""
-    return ascii(data[:60].decode("utf-8", "replace")) + ("..." if len(data) > 60 else "")
+    raise broken_upstream(f"no {kind.__name__} {name!r} in {to_bytes(record)[:60]!r}")
 
 
 def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
@@ -232,13 +227,12 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
                 yield text, parse_object(text)
         except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
             if not line.endswith(b"\n"):
-                raise cut_upstream(f"it ended inside a line, {show(text)}") from None
-            raise broken_upstream(f"a line that is not a JSON object, {show(text)}") from None
+                raise cut_upstream(f"it ended inside a line, {text[:60]!r}") from None
+            raise broken_upstream(f"a line that is not a JSON object, {text[:60]!r}") from None
 
 
 # ---- 4. SSE out: values to frames ----------------------------------------------------------------
-# A frame is one or more `data:` lines and a blank line, which completes it. JSON takes one line:
-# it writes newlines as \n.
+# A frame is one or more `data:` lines and a blank line. JSON takes one: newlines are \n in it.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 # JSON and SSE allow these, but readers like httpx's iter_lines() take them for line ends.
@@ -246,7 +240,7 @@ LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def to_json(value: Any) -> str:
-    """Return compact JSON. Raises ProxyError 400 for a value that JSON can't express."""
+    """Return compact JSON. Raises ProxyError 400 if that is impossible."""
     try:
         return JSON_ENCODER.encode(value).translate(LINE_ENDS)
     except (RecursionError, ValueError):
@@ -382,7 +376,7 @@ class ChatStream:
         # Ollama leaves prompt_eval_count out when the whole prompt was cached.
         self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
         if min(self.tokens) < 0:
-            raise broken_upstream(f"a negative token count in {show(to_bytes(record))}")
+            raise broken_upstream(f"a negative token count in {to_bytes(record)[:60]!r}")
         text, reason = "".join(self._text), record.get("done_reason")
         if text.strip():  # `format` made the model write {"name": ..., "arguments": ...}
             try:
@@ -421,8 +415,7 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
 
 
 # ---- 6. Request: OpenAI's body to Ollama's -------------------------------------------------------
-# The tables are the specification: add a row to map a field, or one with refused("why").
-# A later row overwrites what an earlier one put in the same place.
+# The tables are the specification. A later row overwrites what an earlier one put in its place.
 
 JSON_TYPES: dict[str, Any] = {"any": object, "string": str, "integer": int, "number": (int, float),
                               "boolean": bool, "object": dict, "array": list}
@@ -578,9 +571,8 @@ CHAT_FIELDS: dict[str, Field] = {
         "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "prediction", "verbosity", "service_tier"), HINT),
     "n": refused("Ollama gives one answer per request; send more requests", 1),
-    **dict.fromkeys(("logit_bias", "store", "moderation", "web_search_options"),
-                    refused("neither the proxy nor Ollama can do it")),
-    **dict.fromkeys(("audio", "modalities"), refused("Ollama answers with text", ["text"])),
+    **dict.fromkeys(("logit_bias", "store", "moderation", "web_search_options", "audio",
+                     "modalities"), refused("neither the proxy nor Ollama can do it", ["text"])),
     **dict.fromkeys(("functions", "function_call"), refused("use tools and tool_choice")),
 }
 
@@ -776,7 +768,7 @@ def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) 
             return value
         error = upstream_error(value, max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
-        error = broken_upstream(f"status {response.status}, {show(body)}. Is that an Ollama?")
+        error = broken_upstream(f"status {response.status}, {body[:60]!r}. Is that an Ollama?")
     error.headers = retry_after(response)
     raise error
 
@@ -1185,7 +1177,7 @@ def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
         if chunked:
             line = reader.readline(10)
             if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}\r\n", line):
-                raise ProxyError(400, f"not a chunk size: {show(line)}") if line else ClientGone()
+                raise ProxyError(400, f"not a chunk size: {line[:60]!r}") if line else ClientGone()
             left = int(line, 16)
         if len(body) + left > MAX_BODY_BYTES:
             raise ProxyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
@@ -1515,17 +1507,17 @@ class Exchange(Reply):
         """Return the body for a route that is passed through: the same bytes, unless changed."""
         if self.route == TRANSCRIPTIONS:  # not JSON; a hook sees {}
             self.shape({})
-            return self.body
-        if not self.server.shaper.changes(self.route):
+        elif self.server.shaper.changes(self.route):
+            body = self.read_json()
+            for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
+                if not re.fullmatch("[a-z0-9_]+", name):
+                    raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
+            before, after = to_bytes(body), to_bytes(self.shape(body))
+            return self.body if after == before else after
+        else:
             with contextlib.suppress(ValueError):
                 self.shape(parse_object(self.body))  # for the log
-            return self.body
-        body = self.read_json()
-        for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
-            if not re.fullmatch("[a-z0-9_]+", name):
-                raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
-        before, after = to_bytes(body), to_bytes(self.shape(body))
-        return self.body if after == before else after
+        return self.body
 
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -2068,7 +2060,7 @@ def announce(server: ProxyServer) -> None:
     try:  # so that a wrong URL shows before the first client comes
         server.upstream.connect().close()
     except ProxyError as error:
-        say(f"warning: {error.message} ({error.detail}); to try the proxy without Ollama, use --demo")
+        say(f"warning: {error.message} ({error.detail}); or try --demo, without Ollama")
 
 
 def serve(server: ProxyServer) -> int:

@@ -60,22 +60,16 @@ import threading
 import time
 import traceback
 import urllib.parse
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterable,
-    Iterator,
-    Mapping,
-    NoReturn,
-    Optional,
-    Tuple,
-)
+from typing import TYPE_CHECKING, Any
 
-Json = Dict[str, Any]
-Headers = Iterable[Tuple[str, str]]
-Convert = Callable[[Any, str], Any]  # (value, its name in the request) -> Ollama's value
-Field = Tuple[str, str, Optional[Convert]]
+if TYPE_CHECKING:  # names for annotations, which never run
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from typing import NoReturn
+
+    Json = dict[str, Any]
+    Headers = Iterable[tuple[str, str]]
+    Convert = Callable[[Any, str], Any]  # (value, its name in the request) -> Ollama's value
+    Field = tuple[str, str, Convert | None]
 
 __version__ = "0.2.0"
 
@@ -716,7 +710,7 @@ class PatientReader(io.RawIOBase):
     """The raw side of the buffered reader that http.client reads from.
 
     `patience` says what to do before() a wait, after each tick of silence(), and if the connection
-    is lost(), which returns what to raise. (See Reply and Deadline in section 9.)
+    is lost(), which returns what to raise. (See Reply and ProxyHandler in section 9.)
     """
 
     def __init__(self, sock: socket.socket, original: io.IOBase, patience: Any) -> None:
@@ -1110,25 +1104,6 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
              "x-api-key", "origin")
 
 
-class Deadline:
-    """Ends the wait for a client's bytes at a fixed time, or slow clients could hold threads."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection, self.time = connection, 0.0
-
-    def before(self) -> None:
-        left = self.time - time.monotonic()
-        if left <= 0:  # recv() doesn't time out while there are bytes
-            self.silence()
-        self._connection.settimeout(left)
-
-    def silence(self) -> None:
-        raise ProxyError(408, "the request did not arrive in time")
-
-    def lost(self, error: OSError) -> Exception:
-        return ClientGone()
-
-
 def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
         str, str, str, http.client.HTTPMessage]:
     """Read the rest of a request's head, strictly: (method, target, version, headers).
@@ -1155,21 +1130,22 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
         raise ProxyError(400, "the Host header is missing")
     if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
         raise ProxyError(400, "the Content-Length is not a number")
-    if "Transfer-Encoding" in headers and (headers["Transfer-Encoding"].lower() != "chunked"
-                                           or "Content-Length" in headers or version == "HTTP/1.0"):
+    coding = headers.get("Transfer-Encoding", "chunked").lower()
+    if coding != "chunked" or "Transfer-Encoding" in headers and (
+            "Content-Length" in headers or version == "HTTP/1.0"):
         raise ProxyError(400, "the Transfer-Encoding must be chunked, without a Content-Length")
     return method, target, version, headers
 
 
 def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
     """Read a request's body: by its length, or in chunks without extensions or trailers."""
-    method, headers = request.method, request.headers
-    length, chunked = headers.get("Content-Length"), "Transfer-Encoding" in headers
-    left, end, body = int(length or 0), b"\r\n" if chunked else b"", bytearray()
-    if method == "POST" and length is None and not chunked:
+    headers, length = request.headers, request.headers.get("Content-Length")
+    chunked, left, body = "Transfer-Encoding" in headers, int(length or 0), bytearray()
+    end = b"\r\n" if chunked else b""
+    if request.method != "POST" and (chunked or left):  # "/" needs no key
+        raise ProxyError(400, f"a {request.method} request has no body here")
+    if request.method == "POST" and length is None and not chunked:
         raise ProxyError(411, "the request needs a Content-Length or chunked coding")
-    if method in ("GET", "HEAD", "OPTIONS") and (chunked or left):
-        raise ProxyError(400, f"a {method} request has no body here")
     if (left <= MAX_BODY_BYTES and request.version == "HTTP/1.1"
             and headers.get("Expect", "").lower() == "100-continue"):
         request.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1554,13 +1530,25 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
-        self.deadline = Deadline(self.connection)
-        reader = PatientReader(self.connection, self.rfile, self.deadline)
+        reader = PatientReader(self.connection, self.rfile, self)
         self.rfile = io.BufferedReader(reader, 2048)  # a small buffer, for thousands of clients
+
+    def before(self) -> None:
+        """Wait for a client's bytes until a deadline, or slow clients could hold threads."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:  # recv() doesn't time out while there are bytes
+            self.silence()
+        self.connection.settimeout(left)
+
+    def silence(self) -> None:
+        raise ProxyError(408, "the request did not arrive in time")
+
+    def lost(self, error: OSError) -> Exception:
+        return ClientGone()
 
     def handle_one_request(self) -> None:
         """Read a request, answer it, log it."""
-        self.deadline.time = time.monotonic() + CLIENT_SECONDS
+        self.deadline = time.monotonic() + CLIENT_SECONDS
         try:
             first = self.rfile.readline(MAX_HEAD_BYTES + 1)
         except (ClientGone, ProxyError):
@@ -1602,7 +1590,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             if self.excess and exchange.route not in ("/healthz", "/metrics"):
                 raise ProxyError(503, "the proxy has no free connections", code="proxy_busy",
                                  headers=[("Retry-After", "1")])
-            self.deadline.time = time.monotonic() + BODY_SECONDS
+            self.deadline = time.monotonic() + BODY_SECONDS
             exchange.body = read_body(exchange, self.rfile)
         finally:
             self.connection.settimeout(0)  # for writing
@@ -1613,7 +1601,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> None:
         """Read on for a moment: closing with unread bytes is a reset, which hides the answer."""
-        self.deadline.time = time.monotonic() + LINGER_SECONDS
+        self.deadline = time.monotonic() + LINGER_SECONDS
         with contextlib.suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
             self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read(SLICE_BYTES):

@@ -606,24 +606,6 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     return native
 
 
-def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
-    """Obey tool_choice: leave out the tools, or force a call of one or any of them."""
-    tools = native.pop("tools", [])
-    functions = {to_function_name(tool, where): tool["function"]
-                 for where, tool in each(tools, "tools")}
-    if isinstance(mode, dict):
-        name, mode = to_function_name(mode, "tool_choice."), "required"
-        functions = {name: functions[name]} if name in functions else {}
-    one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
-    if mode == "none":
-        wanted["max_calls"] = 0  # some models call tools that they have only read about
-    elif mode == "required":
-        force_call(native, functions)
-        wanted.update(forced=True, schema="tools")
-    elif tools:
-        native["tools"] = tools
-
-
 def move_references(schema: Any, root: str, named: bool = False) -> Any:
     """Rewrite a JSON schema so that references to its root ("#") go to `root`.
 
@@ -649,22 +631,36 @@ def move_schemas(schemas: list[Any], whole: Json) -> Json:
                                for i, schema in enumerate(schemas)}}
 
 
-def force_call(native: Json, functions: Json) -> None:
-    """Let the model write nothing but {"name", "arguments"}; ChatStream turns that into a call.
+def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
+    """Obey tool_choice: leave out the tools, or force a call of one or any of them.
 
-    So models without tools can make calls, too.
+    When forced, even a model without tools can write nothing but {"name", "arguments"}, which
+    ChatStream turns into a call.
     """
-    if not functions:
+    tools = native.pop("tools", [])
+    functions = {to_function_name(tool, where): tool["function"]
+                 for where, tool in each(tools, "tools")}
+    if isinstance(mode, dict):
+        name, mode = to_function_name(mode, "tool_choice."), "required"
+        functions = {name: functions[name]} if name in functions else {}
+    one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
+    if mode == "none":
+        wanted["max_calls"] = 0  # some models call tools that they have only read about
+    elif mode == "auto":
+        native.update({"tools": tools} if tools else {})
+    elif functions:
+        calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
+            "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}}
+            for i, name in enumerate(functions)]
+        native["format"] = move_schemas(
+            [function.get("parameters") or {"type": "object", "properties": {}}
+             for function in functions.values()], {"anyOf": calls} if calls[1:] else calls[0])
+        native["messages"].append({"role": "system", "content": "\n".join([
+            'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.',
+            *map(to_json, functions.values())])})
+        wanted.update(forced=True, schema="tools")
+    else:
         raise ProxyError(400, "'tool_choice' forces a call that 'tools' lacks", "tool_choice")
-    calls = [{"type": "object", "required": ["name", "arguments"], "properties": {
-        "name": {"const": name}, "arguments": {"$ref": f"#/$defs/{i}"}}}
-        for i, name in enumerate(functions)]
-    native["format"] = move_schemas(
-        [function.get("parameters") or {"type": "object", "properties": {}}
-         for function in functions.values()], calls[0] if len(calls) == 1 else {"anyOf": calls})
-    native["messages"].append({"role": "system", "content": "\n".join([
-        'Call one of these functions: answer with {"name": ..., "arguments": ...}, as JSON.',
-        *map(to_json, functions.values())])})
 
 
 def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list[str]]:
@@ -780,11 +776,11 @@ class Upstream:
     """An Ollama at a URL."""
 
     def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
-        self.url, host = url, url.hostname or ""
-        make: Callable[..., http.client.HTTPConnection] = http.client.HTTPConnection
+        self.url, host = url, str(url.hostname)
+        make: Any = http.client.HTTPConnection
         if url.scheme == "https":  # one TLS context for all connections: it takes long to make
-            make = functools.partial(http.client.HTTPSConnection,
-                                     context=ssl.create_default_context())
+            tls = ssl.create_default_context()
+            make = functools.partial(http.client.HTTPSConnection, context=tls)
         self._connection = functools.partial(make, REACHABLE.get(host, host), url.port,
                                              timeout=CONNECT_SECONDS)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -814,7 +810,7 @@ class Upstream:
     def connect(self) -> http.client.HTTPConnection:
         """Return an open connection. Raises ProxyError 502 or 503."""
         try:
-            connection = self._connection()
+            connection: http.client.HTTPConnection = self._connection()
             connection.connect()
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):

@@ -837,7 +837,7 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
     end mark, in whole lines: an answer's text may contain anything that looks like one.
     """
     kind = response.headers.get_content_type() if response.status == 200 else ""
-    line, streamed = bytearray(), kind in (NDJSON, SSE)
+    line, streamed, piece = bytearray(), kind in (NDJSON, SSE), b""
     ended, last_event = not streamed, False  # whether the present event is the last one
 
     def see(line: bytes) -> None:
@@ -873,7 +873,7 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
         yield piece
     if line:  # without a newline
         see(bytes(line))
-    if not ended or response.length:
+    if not ended or response.length or not piece and response.headers["Transfer-Encoding"]:
         raise cut_upstream("it ended too early")
 
 
@@ -1361,9 +1361,8 @@ class Exchange(Reply):
     def preflight(self) -> None:
         """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
         wanted = self.headers.get("Access-Control-Request-Headers", "")
-        self.send(200, b"", "text/plain", [
-            ("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
-            ("Access-Control-Allow-Headers", wanted), ("Access-Control-Max-Age", "600")])
+        self.send(200, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
+                                     ("Access-Control-Allow-Headers", wanted)])
 
     def models(self) -> None:
         """GET /v1/models and /v1/models/{id}, which may have slashes: Ollama's list and aliases."""
@@ -1456,8 +1455,6 @@ class Exchange(Reply):
                            response.length, retry_after(response))
             for piece in pieces:
                 self.pending.append(piece)
-            if self.route == TRANSCRIPTIONS and not self.pending and self.record["status"] is None:
-                raise cut_upstream("it is empty")
             self.flush(last=True)
 
     def read_json(self) -> Json:
@@ -1477,7 +1474,7 @@ class Exchange(Reply):
 
     def shaped_body(self) -> bytes:
         """Return the body for a route that is passed through: the same bytes, unless changed."""
-        if self.route == TRANSCRIPTIONS:  # not JSON; a hook sees {}
+        if self.route == "/v1/audio/transcriptions":  # not JSON; a hook sees {}
             self.shape({})
         elif self.server.shaper.changes(self.route):
             body = self.read_json()
@@ -1492,7 +1489,6 @@ class Exchange(Reply):
         return self.body
 
 
-TRANSCRIPTIONS = "/v1/audio/transcriptions"
 # Path, method, and what serves it. None: it would change Ollama. Everything else is a 404 and is
 # never forwarded. A * is the rest of the path.
 ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
@@ -1503,8 +1499,9 @@ ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/v1/models": {"GET": Exchange.models},
     "/v1/models/*": {"GET": Exchange.models},
     **{path: {"POST": Exchange.passthrough} for path in (
-        "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages", TRANSCRIPTIONS,
-        "/api/chat", "/api/generate", "/api/embed", "/api/embeddings", "/api/show")},
+        "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
+        "/v1/audio/transcriptions", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings",
+        "/api/show")},
     **{path: {"GET": Exchange.passthrough} for path in (
         "/api/tags", "/api/ps", "/api/version", "/api/status")},
     **{path: {"POST": None} for path in ("/api/pull", "/api/push", "/api/create", "/api/copy")},
@@ -1699,40 +1696,35 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Answers in chunks, as Ollama does."""
+    """Answers any request in chunks, as Ollama does, a record at a time."""
 
     protocol_version = "HTTP/1.1"
     pace = 0.03  # seconds between two records: slow enough to watch
 
-    def do_GET(self) -> None:
-        """List the models."""
-        self.send(200, {"object": "list", "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "library"}
-            for name in DEMO_MODELS]})
-
     def do_POST(self) -> None:
-        """Answer a chat, a record at a time."""
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        model = body.get("model")
-        if self.path != "/api/chat":
-            return self.send(404, {"error": f"the demo has no {self.path}"})
-        if model not in DEMO_MODELS:
-            return self.send(404, {"error": f"model '{model}' not found"})
-        answer = [part if "error" in part else {"model": model, "message": {
-            "role": "assistant", "content": "", **part}} for part in DEMO_MODELS[model]]
-        last = {"model": model, "message": {"content": ""}, "done": True, "done_reason": "stop",
-                "prompt_eval_count": 9, "eval_count": len(answer)}
-        self.send(200, *answer, *[last] * ("error" not in answer[-1]))
-
-    def send(self, status: int, *answer: Json) -> None:
-        """Send records, or one object."""
-        self.send_response(status)
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        model = json.loads(body or b"{}").get("model")
+        answer: list[Json] = [{"error": f"model '{model}' not found"}]
+        if self.path not in ("/api/chat", "/v1/models"):
+            answer = [{"error": f"the demo has no {self.path}"}]
+        elif self.command == "GET":
+            answer = [{"object": "list", "data": [{"id": name, "object": "model", "created": 0}
+                                                  for name in DEMO_MODELS]}]
+        elif model in DEMO_MODELS:
+            answer = [part if "error" in part else {"model": model, "message": {
+                "role": "assistant", "content": "", **part}} for part in DEMO_MODELS[model]]
+            if "error" not in answer[-1]:
+                answer.append({"model": model, "done": True, "done_reason": "stop",
+                               "prompt_eval_count": 9, "eval_count": len(answer)})
+        self.send_response(404 if "error" in answer[0] else 200)
         self.send_header("Content-Type", NDJSON if answer[1:] else "application/json")
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         for line in [*(to_bytes(record) + b"\n" for record in answer), b""]:
             self.wfile.write(b"%x\r\n%b\r\n" % (len(line), line))
             time.sleep(self.pace if answer[1:] else 0)
+
+    do_GET = do_POST
 
     def log_message(self, format: str, *args: Any) -> None:
         """Log nothing: the proxy logs."""
@@ -1756,14 +1748,13 @@ PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_ss
 body { padding: 1rem; font: 15px/1.5 system-ui, sans-serif } h1, h2 { font-size: 17px }
 .row { display: flex; flex-wrap: wrap; gap: .6rem; margin: .6rem 0 } section { background: #8881 }
 .row > :not(button) { flex: 1 1 18rem; min-width: 0 } .row > .wide { flex: 2 1 37rem }
-input, select, textarea, button, section { padding: .4rem .8rem; font: inherit;
-  border: 1px solid #8886; border-radius: 6px } input, select, textarea { width: 100% }
-p, code { white-space: pre-wrap } section + section { margin-top: .6rem } #end { color: #c33 }
-code, i::before { font: 13px/1.5 monospace } code, code::before { display: block }
-code > * > span { display: inline-block } code::before { content: attr(title); opacity: .7 }
-#rows { max-height: 34rem; overflow: auto } #rows summary { display: block }
-summary > div { display: inline-block; width: max(50%, min(100%, 18rem)); padding: .2rem .6rem;
-  vertical-align: top } summary:hover, summary:focus { background: #fc04 }
+input, select, textarea { width: 100% } input, select, textarea, button, section { font: inherit;
+  padding: .4rem .8rem; border: 1px solid #8886; border-radius: 6px } #end { color: #c33 }
+p, code { white-space: pre-wrap } section + section { margin-top: .6rem } code > * > span,
+summary > div { display: inline-block } code, i::before { font: 13px/1.5 monospace }
+code, code::before, #rows summary { display: block } code::before { content: attr(title) }
+summary > div { width: max(50%, min(100%, 18rem)); padding: .2rem .6rem; vertical-align: top }
+#rows { max-height: 34rem; overflow: auto } summary:hover, summary:focus { background: #fc04 }
 details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: "…" }
 </style>
 <h1>Ollama's NDJSON in, OpenAI-style SSE out</h1>

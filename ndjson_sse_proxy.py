@@ -36,9 +36,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import errno
-import functools
 import hashlib
 import http.client
 import http.server
@@ -60,6 +58,9 @@ import threading
 import time
 import traceback
 import urllib.parse
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from http.client import HTTPMessage, HTTPResponse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # names for annotations, which never run
@@ -74,24 +75,24 @@ if TYPE_CHECKING:  # names for annotations, which never run
 __version__ = "0.2.0"
 
 # ---- 1. Limits -----------------------------------------------------------------------------------
-# Every buffer has a limit and every wait times out, or one client could take all memory or threads.
+# Every buffer has a limit and every wait an end, or one client could take all memory or threads.
 
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file
-MAX_BODY_BYTES = 32 << 20  # a long conversation with a few pictures, or a whole answer
-MAX_HEAD_BYTES = 64 << 10  # request line and headers; browsers send a few KiB
+MAX_BODY_BYTES = 32 << 20  # a long chat with pictures, or a whole answer
+MAX_HEAD_BYTES = 64 << 10  # browsers send a few KiB
 MAX_HEADERS = 100  # the same limit as http.client's
-MAX_IGNORED_NAMES = 20  # in X-Ignored-Fields; some clients stop at 8 KiB of headers
-MAX_NAME = 100  # characters of a model or field name in a header or the log
-MAX_EXTRA = 64  # connections above --max-connections that still get a 503
-TAIL_BYTES = 4096  # of a line or an answer, searched for token counts, which come last
-SLICE_BYTES = 64 << 10  # of one write; each slice has its own timeout, so slow readers survive
+MAX_IGNORED_NAMES = 20  # in a header; some clients read 8 KiB at most
+MAX_NAME = 100  # of a model or field, in a header or the log
+MAX_EXTRA = 64  # connections too many that still get a 503
+TAIL_BYTES = 4096  # searched for token counts, which come last
+SLICE_BYTES = 64 << 10  # each has its own timeout, so slow readers survive
 CONNECT_SECONDS = 10.0  # to connect to Ollama, which is near
-CLIENT_SECONDS = 60.0  # for a client to send a head, or to take one slice of an answer
-BODY_SECONDS = 300.0  # for a client to send a body: 32 MiB at 1 Mbit/s
-DRAIN_SECONDS = 30.0  # for running requests to end after a signal
-LINGER_SECONDS = 1.0  # for a client to read a refusal before its connection closes
-YOUNG_SECONDS = 2.0  # a file younger than this may change again without a new timestamp
-TICK_SECONDS = 0.25  # of silence between two looks at the client
+CLIENT_SECONDS = 60.0  # to send a head, or to take a slice
+BODY_SECONDS = 300.0  # to send a body: 32 MiB at 1 Mbit/s
+DRAIN_SECONDS = 30.0  # for requests to end after a signal
+LINGER_SECONDS = 1.0  # to read a refusal before the connection closes
+YOUNG_SECONDS = 2.0  # a younger file may change without a new timestamp
+TICK_SECONDS = 0.25  # between two looks at a client
 
 
 # ---- 2. Errors -----------------------------------------------------------------------------------
@@ -102,7 +103,7 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 
 
 class ClientGone(Exception):
-    """The client has hung up or stopped reading, so there is nobody left to answer."""
+    """The client has hung up or stopped reading."""
 
 
 class ProxyError(Exception):
@@ -127,7 +128,7 @@ class ProxyError(Exception):
 
 
 def broken_upstream(what: str) -> ProxyError:
-    """Return the error for an Ollama that breaks its protocol (or that isn't an Ollama)."""
+    """Return the error for an Ollama that breaks its protocol, or isn't one."""
     return ProxyError(502, f"Ollama sent something unexpected: {what}", code="upstream_protocol")
 
 
@@ -162,7 +163,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
 
     `wanted` comes from to_ollama_chat(), for advice that fits the request.
     """
-    with contextlib.suppress(ValueError, AttributeError):  # when it is a text at last
+    with suppress(ValueError, AttributeError):  # when it is a text at last
         for _ in range(5):
             value = parse_object(value) if isinstance(value, str) else value
             value = value.get("error") or value.get("message") or value
@@ -182,7 +183,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
 
 
 # ---- 3. NDJSON in: lines to records --------------------------------------------------------------
-# Only the record with "done": true completes an answer: after a cut, HTTP's own end can look right.
+# Only the record with "done": true completes an answer: even after a cut, HTTP can end well.
 
 
 def parse_object(data: bytes | str) -> Json:
@@ -197,9 +198,9 @@ def parse_object(data: bytes | str) -> Json:
 
 
 def member(record: Any, name: str, kind: type, needed: bool = False) -> Any:
-    """Return a member of an object from Ollama, or an empty one. Raises a 502 for another type."""
+    """Return a member of an object from Ollama, or an empty one. Another type is a 502."""
     value = record.get(name) if isinstance(record, dict) else None
-    if type(value) is kind:  # not isinstance(): in Python, but not in JSON, True is an int
+    if type(value) is kind:  # not isinstance(): True is an int in Python
         return value
     if value is None and isinstance(record, dict) and not needed:
         return kind()
@@ -219,7 +220,7 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
         try:
             if text:
                 yield text, parse_object(text)
-        except ValueError:  # UnicodeDecodeError and JSONDecodeError are ValueErrors, too
+        except ValueError:  # UnicodeDecodeError is one, too
             if not line.endswith(b"\n"):
                 raise cut_upstream(f"it ended inside a line, {text[:60]!r}") from None
             raise broken_upstream(f"a line that is not a JSON object, {text[:60]!r}") from None
@@ -256,7 +257,7 @@ def sse_event(data: Any, field: bytes = b"data: ") -> bytes:
     return b"".join(b"%b%b\n" % (field, line) for line in lines) + b"\n"
 
 
-sse_comment = functools.partial(sse_event, field=b": ")  # for people: every client skips it
+sse_comment = partial(sse_event, field=b": ")  # for people: every client skips it
 
 SSE_DONE = sse_event(b"[DONE]")  # HTTP marks the end, too, but many libraries hide that
 
@@ -277,7 +278,7 @@ def raw_frames(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 
 # ---- 5. Stream: Ollama's records to OpenAI's chunks ----------------------------------------------
-# A chunk is an envelope, the same throughout a stream, around one choice with its delta.
+# A chunk is an envelope, the same throughout a stream, around one choice.
 
 
 def choice(delta: Json, finish_reason: str | None = None) -> Json:
@@ -310,7 +311,7 @@ class ChatStream:
         self._text: list[str] = []  # of a forced call, until it is complete
 
     def feed(self, record: Json) -> list[Json]:
-        """Return the choices for a record. Raises ProxyError for an error or a malformed record."""
+        """Return the choices for a record. Raises ProxyError for an error, or a malformed one."""
         if "error" in record:  # {"error": "the model runner has died"}
             raise upstream_error(record["error"], wanted=self._wanted)
         self.done = member(record, "done", bool)
@@ -327,7 +328,7 @@ class ChatStream:
         return choices + [choice({}, reason)] if reason else choices
 
     def heartbeat(self) -> bytes:
-        """Return a frame for a silence: a chunk, because some clients give up at a comment."""
+        """Return a frame for a silence: a chunk, as some clients give up at a comment."""
         opened, self._opened = self._opened, True
         return self.frame(choice({}) if opened else OPENING)
 
@@ -336,15 +337,15 @@ class ChatStream:
         return b"%b%b]}\n\n" % (self._head, to_bytes(choice))
 
     def with_usage(self, choices: list[Json]) -> Json:
-        """Return an object with these choices and the token counts: a stream's last chunk."""
+        """Return an object with these choices and the token counts."""
         usage = {"prompt_tokens": self.tokens[0], "completion_tokens": self.tokens[1],
                  "total_tokens": sum(self.tokens)}
         return {**self.envelope, "choices": choices, "usage": usage}
 
     def _deltas(self, message: Json) -> Iterator[Json]:
-        """One delta for each part of a message: many clients read only one part of a delta."""
+        """Yield a delta for each part of a message: many clients read only one part."""
         thinking, content = member(message, "thinking", str), member(message, "content", str)
-        if thinking:  # not OpenAI's; some clients read the one name, some the other
+        if thinking:  # some clients read the one name, some the other
             yield {"reasoning": thinking, "reasoning_content": thinking}
         if content and "forced" in self._wanted:
             self._text.append(content)
@@ -356,7 +357,7 @@ class ChatStream:
                 yield self._tool_call(function, call_id)
 
     def _tool_call(self, function: Json, call_id: str = "") -> Json:
-        """A complete call. Ollama's may lack an id or all say index 0, so we number them here."""
+        """Return a whole call. Ollama's may lack an id, or all say index 0."""
         name, index = member(function, "name", str, needed=True), len(self._call_ids)
         arguments = to_json(member(function, "arguments", dict))
         if not call_id or call_id in self._call_ids:
@@ -366,8 +367,8 @@ class ChatStream:
                                 "function": {"name": name, "arguments": arguments}}]}
 
     def _finish(self, record: Json, deltas: list[Json]) -> str:
-        """Return the finish_reason; note the token counts and add the delta of a forced call."""
-        # Ollama leaves prompt_eval_count out when the whole prompt was cached.
+        """Return the finish_reason; note the tokens, and add the delta of a forced call."""
+        # There is no prompt_eval_count if the whole prompt was cached.
         self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
         if min(self.tokens) < 0:
             raise broken_upstream(f"a negative token count in {to_bytes(record)[:60]!r}")
@@ -378,7 +379,7 @@ class ChatStream:
             except ValueError:  # the answer was too long, so what came stays text
                 deltas.append({"content": text})
                 reason = "length"
-        # Old versions give no reason; load and unload answer a chat without messages.
+        # Old versions give none; load and unload answer a chat without messages.
         return "length" if reason == "length" else "tool_calls" if self._call_ids else "stop"
 
 
@@ -422,7 +423,7 @@ IMAGE_URL = re.compile("data:image/(?:png|jpe?g|webp|gif);base64,([A-Za-z0-9+/]+
 
 def expect(value: Any, types: str, param: str) -> Any:
     """Return the value if it has one of the JSON types ("integer or string"), else raise a 400."""
-    for name in types.split(" or "):  # to Python, but not to JSON, True is an int
+    for name in types.split(" or "):  # True is an int in Python
         if isinstance(value, JSON_TYPES[name]) and (
                 not isinstance(value, bool) or name in ("boolean", "any")):
             return value
@@ -450,7 +451,7 @@ def one_of(choices: Json, value: Any, param: str) -> Any:
 
 
 def refused(why: str, *harmless: Any) -> Field:
-    """Return a row for an unsupported field: a 400, unless it is empty, false or harmless."""
+    """Return a row for a field that is a 400, unless it is empty, false or harmless."""
     def convert(value: Any, param: str) -> None:
         if value and value not in harmless:
             raise ProxyError(400, f"'{param}' is not supported: {why}", param)
@@ -504,7 +505,7 @@ def to_content(content: Any, param: str) -> Json:
 
 
 def to_native_calls(calls: list[Any], param: str) -> list[Json]:
-    """Convert earlier tool calls: OpenAI's arguments are a JSON string, Ollama's an object."""
+    """Convert tool calls: OpenAI's arguments are a JSON string, Ollama's an object."""
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
@@ -522,7 +523,7 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
 
 MESSAGE_FIELDS: dict[str, Field] = {
     # OpenAI's name: JSON type, place in Ollama's message, conversion
-    "role": ("string", "role", functools.partial(one_of, ROLES)),
+    "role": ("string", "role", partial(one_of, ROLES)),
     "content": ("string or array", "*", to_content),
     **dict.fromkeys(("reasoning", "reasoning_content"), ("string", "thinking", None)),
     "tool_calls": ("array", "tool_calls", to_native_calls),
@@ -558,7 +559,7 @@ CHAT_FIELDS: dict[str, Field] = {
     "reasoning": ("object", "wanted.effort", lambda value, param:
                   None if value.get("effort") is None else
                   one_of(EFFORTS, value["effort"], param + ".effort")),
-    "reasoning_effort": ("string", "wanted.effort", functools.partial(one_of, EFFORTS)),
+    "reasoning_effort": ("string", "wanted.effort", partial(one_of, EFFORTS)),
     "tool_choice": ("string or object", "wanted.tool_choice", None),
     "parallel_tool_calls": ("boolean", "wanted.max_calls", lambda v, param: None if v else 1),
     **dict.fromkeys((
@@ -645,7 +646,7 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
         functions = {name: functions[name]} if name in functions else {}
     one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
     if mode == "none":
-        wanted["max_calls"] = 0  # some models call tools that they have only read about
+        wanted["max_calls"] = 0  # some models call tools they have only read about
     elif mode == "auto":
         native.update({"tools": tools} if tools else {})
     elif functions:
@@ -740,16 +741,16 @@ def ask(step: Callable[..., Any], *arguments: Any) -> Any:
     except (http.client.RemoteDisconnected, http.client.IncompleteRead) as error:
         raise cut_upstream(str(error)) from error
     except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
-            OverflowError) as error:  # from odd headers, which an e-mail parser reads, and chunks
+            OverflowError) as error:  # from odd headers and chunks
         raise broken_upstream(f"{type(error).__name__} {error}"[:200]) from error
 
 
-def body_lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Yield the lines of a body; http.client removes the chunked coding and joins split lines."""
-    return iter(functools.partial(ask, response.readline, MAX_LINE_BYTES + 1), b"")
+def body_lines(response: HTTPResponse) -> Iterator[bytes]:
+    """Yield the lines of a body; http.client removes the chunked coding."""
+    return iter(partial(ask, response.readline, MAX_LINE_BYTES + 1), b"")
 
 
-def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) -> Json:
+def read_object(response: HTTPResponse, wanted: Json | None = None) -> Json:
     """Read a JSON answer in one piece. Raises Ollama's refusal as a ProxyError."""
     body = ask(response.read, MAX_BODY_BYTES)
     try:
@@ -763,12 +764,12 @@ def read_object(response: http.client.HTTPResponse, wanted: Json | None = None) 
     raise error
 
 
-def retry_after(response: http.client.HTTPResponse) -> list[tuple[str, str]]:
+def retry_after(response: HTTPResponse) -> list[tuple[str, str]]:
     """Return Ollama's header of that name; an empty one is not sent."""
     return [("Retry-After", response.getheader("Retry-After", ""))]
 
 
-# What to connect to: 0.0.0.0 means all addresses; it is often in $OLLAMA_HOST and --listen.
+# What to connect to: 0.0.0.0 means all addresses.
 REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
@@ -778,33 +779,33 @@ class Upstream:
     def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
         self.url, host = url, str(url.hostname)
         make: Any = http.client.HTTPConnection
-        if url.scheme == "https":  # one TLS context for all connections: it takes long to make
+        if url.scheme == "https":  # one context for all: it takes long to make
             tls = ssl.create_default_context()
-            make = functools.partial(http.client.HTTPSConnection, context=tls)
-        self._connection = functools.partial(make, REACHABLE.get(host, host), url.port,
+            make = partial(http.client.HTTPSConnection, context=tls)
+        self._connection = partial(make, REACHABLE.get(host, host), url.port,
                                              timeout=CONNECT_SECONDS)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
-    @contextlib.contextmanager
+    @contextmanager
     def request(self, patience: Any, method: str, path: str, body: bytes | None = None,
-                headers: Json | None = None) -> Iterator[http.client.HTTPResponse]:
+                headers: Json | None = None) -> Iterator[HTTPResponse]:
         """Send a request; yield the response once its head is there, which can take minutes.
 
         Closing the connection tells Ollama to stop. Raises ProxyError, and what `patience` raises.
         """
         def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
-            response = http.client.HTTPResponse(sock, *args, **kwargs)
+            response = HTTPResponse(sock, *args, **kwargs)
             response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
             return response
 
-        with contextlib.closing(self.connect()) as connection:
+        with closing(self.connect()) as connection:
             connection.response_class = patient_response  # type: ignore[assignment]
             fields = {"Content-Type": "application/json", **(headers or {}), **self._headers,
                       "Connection": "close"}
-            with contextlib.suppress(OSError):  # Ollama may refuse a body before all of it is sent
+            with suppress(OSError):  # Ollama may refuse a body before all of it is sent
                 connection.request(method, self.url.path + path, body, fields)
             connection.sock.settimeout(TICK_SECONDS)
-            with contextlib.closing(ask(connection.getresponse)) as response:
+            with closing(ask(connection.getresponse)) as response:
                 yield response
 
     def connect(self) -> http.client.HTTPConnection:
@@ -829,7 +830,7 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
-def watched(response: http.client.HTTPResponse, record: Json, started: float,
+def watched(response: HTTPResponse, record: Json, started: float,
             lines: bool) -> Iterator[bytes]:
     """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
 
@@ -850,7 +851,7 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
             ended |= last_event and not line
             failed = line in SSE_ENDS[-2:]
         elif kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 parsed = parse_object(line)
                 failed = "error" in parsed
                 ended |= failed or parsed.get("done") is True
@@ -858,7 +859,7 @@ def watched(response: http.client.HTTPResponse, record: Json, started: float,
             record.update(end="error", error="upstream_error")
 
     for piece in body_lines(response) if lines else iter(
-            functools.partial(ask, response.read1, SLICE_BYTES), b""):
+            partial(ask, response.read1, SLICE_BYTES), b""):
         if streamed and record["first_token_seconds"] is None:
             record["first_token_seconds"] = round(time.monotonic() - started, 4)
         line += piece
@@ -886,7 +887,7 @@ def say(text: str) -> None:
     """Write a line to stderr. If nobody reads it there, it is dropped: answers must go on."""
     data = (text + "\n").encode("ascii", "backslashreplace")
     size = getattr(select, "PIPE_BUF", len(data))  # fits if select() says so; not on Windows
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # a program without a console
+    with suppress(OSError, ValueError, AttributeError):  # a program without a console
         file = sys.stderr.fileno()
         while data and (os.name == "nt" or select.select([], [file], [], 0)[1]):
             data = data[os.write(file, data[:size]):]
@@ -937,7 +938,7 @@ class Gate:
         if self._path:
             self._read_file(starting=True)
 
-    def check_site(self, headers: http.client.HTTPMessage) -> list[tuple[str, str]]:
+    def check_site(self, headers: HTTPMessage) -> list[tuple[str, str]]:
         """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
 
         With keys any page may try: a foreign page has no key. Otherwise the Host must be local,
@@ -954,7 +955,7 @@ class Gate:
                 ("Access-Control-Expose-Headers", "x-request-id, retry-after, x-ignored-fields")
                 ] if origin else []
 
-    def authenticate(self, headers: http.client.HTTPMessage) -> str | None:
+    def authenticate(self, headers: HTTPMessage) -> str | None:
         """Return the caller's name, or None if nobody needs a key. Raises ProxyError 401."""
         if not self.hook and not self.has_keys:
             return None
@@ -968,13 +969,13 @@ class Gate:
             if error.errno is not None:  # the system's; a hook's own has no number
                 raise
             why = str(error)
-        if not isinstance(caller, str):  # a forgotten `return` in a hook must not let everyone in
+        if not isinstance(caller, str):  # such as None: a hook may lack a `return`
             raise ProxyError(401, why, code="invalid_api_key",
                              headers=[("WWW-Authenticate", "Bearer")])
         return caller
 
     def _owner(self, key: str) -> str | None:
-        with self._lock:  # or a slower thread could store an older version last
+        with self._lock:  # or a slow thread could store an old version last
             before, self._warning = self._warning, ""
             try:
                 if self._path:
@@ -986,7 +987,7 @@ class Gate:
         return self.owners.get(hashlib.sha256(key.encode("latin-1")).digest())
 
     def _read_file(self, starting: bool = False) -> None:
-        """Read the file if it has changed. Raises OSError or ValueError, and the keys stay."""
+        """Read the file if it has changed. Raises OSError or ValueError."""
         status, keys, number = os.stat(self._path), [], 1
         stamp = status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size
         if stamp == self._stamp:
@@ -1044,7 +1045,7 @@ class Shaper:
         return body
 
 
-# What is known of a request, in the order of the log line; hooks get the same.
+# What the log line and the hook tell of a request.
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "end", "error", "detail", "ignored")
@@ -1091,7 +1092,6 @@ class Observer:
 
 
 # ---- 9. Downstream: the HTTP server --------------------------------------------------------------
-# First how requests are read, then how answers are written, then what each route does.
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 HEADER = b"(?:(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n)"
@@ -1101,7 +1101,7 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
 
 
 def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
-        str, str, str, http.client.HTTPMessage]:
+        str, str, str, HTTPMessage]:
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
     http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
@@ -1113,7 +1113,7 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
             raise ProxyError(414 if line is first else 431, "the request's head is too large")
         line = readline(MAX_HEAD_BYTES)
         head += line
-    match, headers = HEAD.fullmatch(head), http.client.HTTPMessage()
+    match, headers = HEAD.fullmatch(head), HTTPMessage()
     if not match:
         raise ProxyError(400, "the request's head is malformed")
     method, target, version = (match[i].decode() for i in (1, 2, 3))
@@ -1164,9 +1164,9 @@ def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
 
 
 def has_hung_up(client: socket.socket) -> bool:
-    """Return at once whether the client has closed its side, if only its sending side."""
+    """Return at once whether the client has closed its side."""
     try:
-        if hasattr(select, "POLLRDHUP"):  # also works under TLS, and behind unread bytes
+        if hasattr(select, "POLLRDHUP"):  # works under TLS, too, and behind unread bytes
             poll = select.poll()
             poll.register(client, select.POLLRDHUP)
             return bool(poll.poll(0))
@@ -1198,7 +1198,7 @@ class Reply:
         self.pending: list[bytes] = []  # frames or pieces of the body
 
     def before(self) -> None:
-        """Send what is pending before a wait for Ollama. Raises ProxyError 503 to stop."""
+        """Send what is pending before a wait. Raises ProxyError 503 to stop."""
         self.flush()
         self._deadline = time.monotonic() + (self.server.settings.idle_timeout or float("inf"))
         if self.server.stopping:
@@ -1230,7 +1230,7 @@ class Reply:
         self.pending.clear()
 
     def flush(self, last: bool = False) -> None:
-        """Send what is pending; `last` ends the body. A chunked body without its end was cut."""
+        """Send what is pending; `last` ends the body."""
         if not self.pending and not last:
             return
         data = b"".join(self.pending)
@@ -1271,7 +1271,7 @@ class Reply:
         self.flush(last=True)
 
     def fail(self, error: ProxyError) -> None:
-        """Note an error, and tell it in the one way left: a status, an error frame, or a cut."""
+        """Note an error and tell it in the way that is left: a status, a frame, or a cut."""
         self.record.update(error=str(error.code or f"status_{error.status}"), detail=error.detail,
                            end="upstream cut" if error.code == "upstream_cut" else "error")
         if self.record["status"] is None:
@@ -1302,7 +1302,7 @@ class Reply:
             ("X-Ignored-Fields", ignored), *self.cors, *headers]
         lines = [f"HTTP/1.1 {status} {http.client.responses.get(status, 'Unknown')}",
                  *(f"{name}: {value}" for name, value in pairs if value), "", ""]
-        # Some headers are Ollama's or a hook's, and may contain line ends.
+        # Ollama's or a hook's may contain line ends.
         return "\r\n".join(re.sub("[\0-\x1f]+", " ", line) for line in lines).encode("latin-1")
 
 
@@ -1315,7 +1315,7 @@ class Exchange(Reply):
     """One request and its answer: a method for each route, and what they share."""
 
     server: ProxyServer
-    headers: http.client.HTTPMessage
+    headers: HTTPMessage
     body, unread, route, model_id = b"", True, "none", ""
 
     def admit(self, target: str) -> Callable[[Exchange], None]:
@@ -1392,7 +1392,7 @@ class Exchange(Reply):
         try:
             self.answer_chat(stream, native, wanted)
         except ProxyError as error:
-            # Agents send reasoning_effort to every model; one that can't think should answer, too.
+            # Agents send reasoning_effort to every model, even to one that can't think.
             if "does not support thinking" not in error.message or "effort" not in wanted:
                 raise
             del wanted["effort"], native["think"]
@@ -1467,13 +1467,13 @@ class Exchange(Reply):
             raise ProxyError(400, f"the body is not a JSON object: {error}") from None
 
     def shape(self, body: Json) -> Json:
-        """Return the body as hook, aliases and defaults want it; the log has the original model."""
+        """Return the body as hook, aliases and defaults want it; log the original model."""
         if isinstance(body.get("model"), str):
             self.record["model"] = body["model"][:MAX_NAME]
         return self.server.shaper.shape(self.route, body, self.record["caller"])
 
     def shaped_body(self) -> bytes:
-        """Return the body for a route that is passed through: the same bytes, unless changed."""
+        """Return the body for a route that is passed through."""
         if self.route == "/v1/audio/transcriptions":  # not JSON; a hook sees {}
             self.shape({})
         elif self.server.shaper.changes(self.route):
@@ -1484,13 +1484,12 @@ class Exchange(Reply):
             before, after = to_bytes(body), to_bytes(self.shape(body))
             return self.body if after == before else after
         else:
-            with contextlib.suppress(ValueError):
+            with suppress(ValueError):
                 self.shape(parse_object(self.body))  # for the log
         return self.body
 
 
-# Path, method, and what serves it. None: it would change Ollama. Everything else is a 404 and is
-# never forwarded. A * is the rest of the path.
+# Path, method, and what serves it. None: it would change Ollama. A * is the rest of the path.
 ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/": {"GET": Exchange.root},
     "/healthz": {"GET": lambda exchange: exchange.send_text("ok\n")},
@@ -1514,7 +1513,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, in its own thread."""
 
     server: ProxyServer
-    disable_nagle_algorithm = True  # a frame leaves at once, not when the last one is confirmed
+    disable_nagle_algorithm = True  # a frame leaves at once
     timeout = CLIENT_SECONDS
 
     def setup(self) -> None:
@@ -1527,7 +1526,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BufferedReader(reader, 2048)  # a small buffer, for thousands of clients
 
     def before(self) -> None:
-        """Wait for a client's bytes until a deadline, or slow clients could hold threads."""
+        """Wait for bytes until a deadline, or slow clients could hold threads."""
         left = self.deadline - time.monotonic()
         if left <= 0:  # recv() doesn't time out while there are bytes
             self.silence()
@@ -1561,7 +1560,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         except BaseException:  # noqa: BLE001  this thread's boundary: nothing may pass unseen
             say_traceback()
             exchange.close = True
-            with contextlib.suppress(ClientGone):
+            with suppress(ClientGone):
                 exchange.fail(ProxyError(500, "internal error; the proxy's log has the details"))
         self.server.observer.count({"active_requests": -1})
         exchange.record.update(
@@ -1595,7 +1594,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Read on for a moment: closing with unread bytes is a reset, which hides the answer."""
         self.deadline = time.monotonic() + LINGER_SECONDS
-        with contextlib.suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
+        with suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
             self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read(SLICE_BYTES):
                 pass
@@ -1850,7 +1849,7 @@ list($("key").onchange = list);
 """
 
 
-PAGE_HEADERS = [  # nothing but what is in the page runs, and it talks to nobody but the proxy
+PAGE_HEADERS = [  # what is in the page runs, and it talks to the proxy only
     ("Content-Security-Policy", (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
         "connect-src 'self'; frame-ancestors 'none'")),
@@ -1938,7 +1937,7 @@ class CommandLine(argparse.ArgumentParser):
 
 
 def read_flag(read: Callable[[str], Any], text: str) -> Any:
-    """Read a flag's value. Raises ArgumentTypeError: argparse would show a value, and so a key."""
+    """Read a flag's value. Raises ArgumentTypeError: argparse itself would show a key."""
     try:
         if not text.strip():
             raise ValueError("it is empty")
@@ -1958,7 +1957,7 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
     line.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
     for flag, (default, read, metavar, text) in FLAGS.items():
         kind: Json = {"action": "store_true"} if default is False else {
-            "type": functools.partial(read_flag, read), "metavar": metavar,
+            "type": partial(read_flag, read), "metavar": metavar,
             "action": "append" if default == [] else "store"}
         text += "; repeatable" if default == [] else f" (default: {default})" if default else ""
         line.add_argument("--" + flag, default=default, help=text, **kind)
@@ -1983,7 +1982,7 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
 
 def allow_descriptors(settings: argparse.Namespace) -> None:
     """Raise the system's limit of open files, or lower --max-connections to fit it."""
-    with contextlib.suppress(ImportError):  # Windows has no such limit
+    with suppress(ImportError):  # Windows has no such limit
         import resource
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         wanted = 2 * (settings.max_connections + MAX_EXTRA) + 50  # a stream takes two

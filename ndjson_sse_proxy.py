@@ -607,29 +607,11 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     return native
 
 
-def move_references(schema: Any, root: str, named: bool = False) -> Any:
-    """Rewrite a JSON schema so that references to its root ("#") go to `root`.
-
-    `named` says that the members' names are the client's own, not JSON Schema's.
-    """
-    if isinstance(schema, list):
-        return [move_references(item, root) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = dict(schema)
-    for name, value in schema.items():
-        if not named and name == "$ref" and str(value)[:1] == "#":
-            moved[name] = root + value[1:]
-        elif named or name not in ("const", "enum", "default", "examples"):
-            moved[name] = move_references(value, root, not named and name in (
-                "properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
-    return moved
-
-
 def move_schemas(schemas: list[Any], whole: Json) -> Json:
-    """Return `whole` with the schemas under $defs: Ollama can't refer to the root ("#")."""
-    return {**whole, "$defs": {str(i): move_references(schema, f"#/$defs/{i}")
-                               for i, schema in enumerate(schemas)}}
+    """Return `whole` with the schemas under $defs. Their references to their root ("#") move along,
+    because Ollama can't follow one to the root of all."""
+    return {**whole, "$defs": {str(i): json.loads(to_json(schema).replace(
+        '"$ref":"#', f'"$ref":"#/$defs/{i}')) for i, schema in enumerate(schemas)}}
 
 
 def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
@@ -830,50 +812,50 @@ TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
-def watched(response: HTTPResponse, record: Json, started: float,
-            lines: bool) -> Iterator[bytes]:
+def end_mark(kind: str, line: bytes) -> str:
+    """Return "done" or "error" for a line that ends a stream, else ""."""
+    if kind == SSE and line in SSE_ENDS:
+        return "error" if line in SSE_ENDS[-2:] else "done"
+    if kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
+        with suppress(ValueError):
+            record = parse_object(line)
+            return "error" if "error" in record else "done" * (record.get("done") is True)
+    return ""
+
+
+def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -> Iterator[bytes]:
     """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
 
     When its model runner dies, Ollama ends some streams as if they were complete. So look for the
     end mark, in whole lines: an answer's text may contain anything that looks like one.
     """
     kind = response.headers.get_content_type() if response.status == 200 else ""
-    line, streamed, piece = bytearray(), kind in (NDJSON, SSE), b""
-    ended, last_event = not streamed, False  # whether the present event is the last one
+    rest, piece, mark, ended = bytearray(), b"", "", kind not in (NDJSON, SSE)
 
     def see(line: bytes) -> None:
-        nonlocal ended, last_event
+        nonlocal mark, ended
         for count in TOKEN_COUNT.finditer(line[-TAIL_BYTES:]):
             record["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
-        failed = False
-        if kind == SSE:
-            last_event |= line in SSE_ENDS
-            ended |= last_event and not line
-            failed = line in SSE_ENDS[-2:]
-        elif kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
-            with suppress(ValueError):
-                parsed = parse_object(line)
-                failed = "error" in parsed
-                ended |= failed or parsed.get("done") is True
-        if failed:
-            record.update(end="error", error="upstream_error")
+        mark = mark or end_mark(kind, line)
+        ended |= bool(mark) and (kind == NDJSON or not line)  # a blank line ends an event
 
     for piece in body_lines(response) if lines else iter(
             partial(ask, response.read1, SLICE_BYTES), b""):
-        if streamed and record["first_token_seconds"] is None:
+        rest += piece
+        if kind not in (NDJSON, SSE):
+            rest = rest[-TAIL_BYTES:]
+        elif record["first_token_seconds"] is None:
             record["first_token_seconds"] = round(time.monotonic() - started, 4)
-        line += piece
-        if not streamed:
-            line = line[-TAIL_BYTES:]
-        elif b"\n" in piece:
-            *whole, line = line.split(b"\n")
-            for part in whole:
-                see(bytes(part.rstrip(b"\r")))
-        elif len(line) > MAX_BODY_BYTES:
+        if b"\n" in piece:
+            *whole, rest = rest.split(b"\n")
+            for line in whole:
+                see(bytes(line.rstrip(b"\r")))
+        elif len(rest) > MAX_BODY_BYTES:
             raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
         yield piece
-    if line:  # without a newline
-        see(bytes(line))
+    see(bytes(rest or b" "))
+    if mark == "error":
+        record.update(end="error", error="upstream_error")
     if not ended or response.length or not piece and response.headers["Transfer-Encoding"]:
         raise cut_upstream("it ended too early")
 
@@ -910,12 +892,15 @@ def load_hooks(path: str | None) -> Json:
     return hooks
 
 
+Mistake = argparse.ArgumentTypeError  # of other errors, argparse shows the value: it may be a key
+
+
 def parse_key(line: str) -> tuple[str, str]:
     """Split [NAME:]KEY; return (name, key)."""
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
-        raise ValueError("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
-                         "without spaces; a comment needs its own line")
+        raise Mistake("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
+                      "without spaces; a comment needs its own line")
     return name or "key", key
 
 
@@ -1001,7 +986,7 @@ class Gate:
                 for number, line in enumerate(file, 1):
                     if line.strip() and not line.lstrip().startswith("#"):
                         keys.append(parse_key(line))
-            except ValueError as error:
+            except (ValueError, Mistake) as error:
                 raise ValueError(f"{self._path}, line {number}: {error}") from None
         if not keys and (starting or young):
             raise ValueError(f"{self._path} has no keys; perhaps it is still being written")
@@ -1865,12 +1850,12 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
         r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!\"$->@-~]*)?",
         text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
-        raise ValueError(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
+        raise Mistake(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
     if int(own_port or 0) > 65535:
-        raise ValueError(f"the port {own_port} is above 65535")
+        raise Mistake(f"the port {own_port} is above 65535")
     if path.rstrip("/").endswith("/v1"):
-        raise ValueError(f"remove /v1 from {text!r}: the proxy uses Ollama's native API")
+        raise Mistake(f"remove /v1 from {text!r}: the proxy uses Ollama's native API")
     if scheme:
         port = 443 if scheme.lower() == "https" else 80
     return urllib.parse.urlsplit(
@@ -1881,7 +1866,7 @@ def parse_pair(text: str) -> tuple[str, str]:
     """Read NAME=VALUE."""
     name, _, value = text.partition("=")
     if not name or not value:
-        raise ValueError(f"{text!r} is not NAME=VALUE")
+        raise Mistake(f"{text!r} is not NAME=VALUE")
     return name, value
 
 
@@ -1889,17 +1874,17 @@ def parse_option(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE for one of Ollama's options; the value is JSON."""
     name, value = parse_pair(text)
     if name not in OPTIONS:
-        raise ValueError(f"Ollama has no option {name!r}")
+        raise Mistake(f"Ollama has no option {name!r}")
     try:
         return name, [value] if name == "stop" else json.loads(value)
     except ValueError:
-        raise ValueError(f"{value!r} is not a value for {name}") from None
+        raise Mistake(f"{value!r} is not a value for {name}") from None
 
 
 def parse_number(text: str) -> int:
     """Read a whole number."""
     if not re.fullmatch("[0-9]{1,7}", text):
-        raise ValueError(f"{text!r} is not a whole number")
+        raise Mistake(f"{text!r} is not a whole number")
     return int(text)
 
 
@@ -1936,16 +1921,6 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"ndjson_sse_proxy: {message.replace('argument --', '--')} (try --help)\n")
 
 
-def read_flag(read: Callable[[str], Any], text: str) -> Any:
-    """Read a flag's value. Raises ArgumentTypeError: argparse itself would show a key."""
-    try:
-        if not text.strip():
-            raise ValueError("it is empty")
-        return read(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
 def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Namespace:
     """Return the settings. On a mistake, exit with status 2; the message never shows a key."""
     line = CommandLine(
@@ -1957,8 +1932,7 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
     line.add_argument("--version", action="version", version=f"ndjson_sse_proxy {__version__}")
     for flag, (default, read, metavar, text) in FLAGS.items():
         kind: Json = {"action": "store_true"} if default is False else {
-            "type": partial(read_flag, read), "metavar": metavar,
-            "action": "append" if default == [] else "store"}
+            "type": read, "metavar": metavar, "action": "append" if default == [] else "store"}
         text += "; repeatable" if default == [] else f" (default: {default})" if default else ""
         line.add_argument("--" + flag, default=default, help=text, **kind)
     variables = ["--upstream=" + environ["OLLAMA_HOST"]] if environ.get("OLLAMA_HOST") else []
@@ -1975,6 +1949,8 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
     if rest:  # not shown whole: it may be a key
         line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
                    "an argument belongs to no flag")
+    if "" in vars(found).values():  # perhaps an unset variable of the shell
+        line.error("the value of a flag is empty")
     if found.demo and any(text.startswith("--upstream") for text in argv):
         line.error("--demo and --upstream exclude each other")
     return found

@@ -1968,14 +1968,14 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     *[(arguments, arguments.split(" ")[0]) for arguments in (
         "--listen :65536", "--listen no!host", "--listen https://127.0.0.1:1", "--upstream http://user@box",
         "--upstream http://127.0.0.1:1/é", "--idle-timeout nan", "--api-key sk-tiny",
-        "--api-key-file ", "--alias x", "--option num_ctx=big", "--option nosuch=1", "--nosuch")],
+        "--alias x", "--option num_ctx=big", "--option nosuch=1", "--nosuch")],
     *[(flag + " /no/file", "/no/file") for flag in ("--api-key-file", "--tls-cert", "--tls-key", "--hooks")],
     ("--listen 192.0.2.1:0 --insecure", "can't listen"), ("--listen 0.0.0.0:0", "--insecure"),
     ("--upstream 127.0.0.1:11435", "own address"), ("--upstream 127.0.0.1:11434/v1", "remove /v1"),
     ("--demo --upstream box", "--demo and --upstream"), ("--hooks /dev/null", "none of authenticate"),
     ("--api-key sk-0123456789 sk-9876543210", "belongs to no flag"),
     ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "perhaps"),
-    ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "is empty"),
+    ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "--api-key"), ("--hooks ", "is empty"),
     ("NDJSON_SSE_PROXY_LISTNE=x", "--listne"), ("OLLAMA_HOST=a b", "a b"),
     ("OLLAMA_API_KEY=a\nb", "OLLAMA_API_KEY")])
 def test_mistake_in_a_flag_or_variable_is_one_line_that_shows_no_key(arguments, text):

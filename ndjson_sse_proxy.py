@@ -837,6 +837,8 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
         for count in TOKEN_COUNT.finditer(line[-TAIL_BYTES:]):
             record["prompt_tokens" if count[1] else "completion_tokens"] = int(count[2])
         mark = mark or end_mark(kind, line)
+        if mark == "error":
+            record.update(end="error", error="upstream_error")
         ended |= bool(mark) and (kind == NDJSON or not line)  # a blank line ends an event
 
     for piece in body_lines(response) if lines else iter(
@@ -854,8 +856,6 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
             raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
         yield piece
     see(bytes(rest or b" "))
-    if mark == "error":
-        record.update(end="error", error="upstream_error")
     if not ended or response.length or not piece and response.headers["Transfer-Encoding"]:
         raise cut_upstream("it ended too early")
 

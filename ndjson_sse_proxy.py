@@ -29,8 +29,8 @@ with a finish_reason and `[DONE]`, or with an error frame. A cut answer never lo
 Read from the top. Section 4 ends with the whole idea, `raw_frames`; the rest is what real clients
 need on top. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
-It stores nothing, limits no request rates, and fetches nothing but Ollama's answers. It asks Ollama
-twice only for a model that can't think, and adds to a prompt only to force a tool call.
+It stores nothing, limits no rates, and fetches nothing but Ollama's answers. It asks Ollama twice
+only for a model that can't think, and adds to a prompt only to force a tool call.
 """
 from __future__ import annotations
 
@@ -109,8 +109,7 @@ class ClientGone(Exception):
 class ProxyError(Exception):
     """A refusal or failure that the client is told about.
 
-    `param` is the request field at fault, `code` a word for programs, `detail` for the log only.
-    """
+    `param` is the request field at fault, `code` a word for programs, `detail` for the log only."""
 
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, headers: Headers = (), detail: str | None = None) -> None:
@@ -130,6 +129,12 @@ class ProxyError(Exception):
 def broken_upstream(what: str) -> ProxyError:
     """Return the error for an Ollama that breaks its protocol, or isn't one."""
     return ProxyError(502, f"Ollama sent something unexpected: {what}", code="upstream_protocol")
+
+
+def busy(what: str) -> ProxyError:
+    """Return the error for too many clients; SDKs try again after a second."""
+    return ProxyError(503, f"the proxy has no {what} left", None, "proxy_busy",
+                      [("Retry-After", "1")])
 
 
 def cut_upstream(what: str) -> ProxyError:
@@ -161,8 +166,7 @@ UPSTREAM_ERRORS = [
 def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) -> ProxyError:
     """Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
 
-    `wanted` comes from to_ollama_chat(), for advice that fits the request.
-    """
+    `wanted` comes from to_ollama_chat(), for advice that fits the request."""
     with suppress(ValueError, AttributeError):  # when it is a text at last
         for _ in range(5):
             value = parse_object(value) if isinstance(value, str) else value
@@ -575,8 +579,7 @@ CHAT_FIELDS: dict[str, Field] = {
 def map_fields(table: dict[str, Field], source: Json, target: Json, where: str = "") -> list[str]:
     """Put each field of `source` where its row says; return the names that have no row.
 
-    A place is a name, `group.name`, or * for a conversion that returns several.
-    """
+    A place is a name, `group.name`, or * for a conversion that returns several."""
     for name, (types, place, convert) in table.items():
         value = source.get(name)
         if value is not None:  # a null counts as not sent, as in OpenAI's API
@@ -618,8 +621,7 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
     """Obey tool_choice: leave out the tools, or force a call of one or any of them.
 
     When forced, even a model without tools can write nothing but {"name", "arguments"}, which
-    ChatStream turns into a call.
-    """
+    ChatStream turns into a call."""
     tools = native.pop("tools", [])
     functions = {to_function_name(tool, where): tool["function"]
                  for where, tool in each(tools, "tools")}
@@ -650,8 +652,7 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
     """Translate the body of POST /v1/chat/completions. Raises ProxyError 400 naming the field.
 
     Returns the body for POST /api/chat; what the client wants of the answer (stream, usage, effort,
-    max_calls, forced, schema, num_ctx: each if it applies); and the fields that had no effect.
-    """
+    max_calls, forced, schema, num_ctx: each if it applies); and the fields that had no effect."""
     required(body, "model", "string")
     required(body, "messages", "array")
     # Ollama silently cuts a prompt that is too long unless `truncate` is false. Never add `shift`:
@@ -689,8 +690,7 @@ class PatientReader(io.RawIOBase):
     """The raw side of the buffered reader that http.client reads from.
 
     `patience` says what to do before() a wait, after each tick of silence(), and if the connection
-    is lost(), which returns what to raise. (See Reply and ProxyHandler in section 9.)
-    """
+    is lost(), which returns what to raise. (See Reply and ProxyHandler in section 9.)"""
 
     def __init__(self, sock: socket.socket, original: io.IOBase, patience: Any) -> None:
         # http.client may close its socket early; it stays open as long as the original file.
@@ -797,8 +797,7 @@ class Upstream:
             connection.connect()
         except (OSError, UnicodeError) as error:  # UnicodeError: the host can't be a name
             if getattr(error, "errno", 0) in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS):
-                raise ProxyError(503, "the proxy has no file descriptors left", code="proxy_busy",
-                                 headers=[("Retry-After", "1")]) from error
+                raise busy("file descriptors") from error
             raise ProxyError(502, "can't reach Ollama; is it running (`ollama serve`), and is the "
                              "proxy's --upstream right?", code="upstream_unreachable",
                              detail=f"{self.url.geturl()}: {error}") from error
@@ -806,16 +805,17 @@ class Upstream:
         return connection
 
 
-SSE_ENDS = (b"data: [DONE]", b"event: message_stop", b"event: response.completed",
-            b"event: response.incomplete", b"event: response.failed", b"event: error")
+SSE_END = re.compile(rb"data: \[DONE\]|event: (message_stop|response\.(completed|incomplete)|"
+                     rb"(?P<error>response\.failed|error))")
 TOKEN_COUNT = re.compile(rb'"(?:(prompt_eval_count|input_tokens|prompt_tokens)|'
                          rb'eval_count|output_tokens|completion_tokens)": ?(\d{1,9})[,}\s]')
 
 
 def end_mark(kind: str, line: bytes) -> str:
     """Return "done" or "error" for a line that ends a stream, else ""."""
-    if kind == SSE and line in SSE_ENDS:
-        return "error" if line in SSE_ENDS[-2:] else "done"
+    end = SSE_END.fullmatch(line) if kind == SSE else None
+    if end:
+        return "error" if end["error"] else "done"
     if kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
         with suppress(ValueError):
             record = parse_object(line)
@@ -827,8 +827,7 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
     """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
 
     When its model runner dies, Ollama ends some streams as if they were complete. So look for the
-    end mark, in whole lines: an answer's text may contain anything that looks like one.
-    """
+    end mark, in whole lines: an answer's text may contain anything that looks like one."""
     kind = response.headers.get_content_type() if response.status == 200 else ""
     rest, piece, mark, ended = bytearray(), b"", "", kind not in (NDJSON, SSE)
 
@@ -927,8 +926,7 @@ class Gate:
         """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
 
         With keys any page may try: a foreign page has no key. Otherwise the Host must be local,
-        since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the Origin.
-        """
+        since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the Origin."""
         origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
         any_page = self.has_keys and not self.hook
         local = LOCAL_HOST.fullmatch(host) or host.split(":")[0] == socket.gethostname().lower()
@@ -947,17 +945,16 @@ class Gate:
         scheme, _, key = headers.get("Authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             key = headers.get("x-api-key", "")  # Anthropic's clients
-        caller, why = None, "the API key is missing or wrong"
+        why = "the API key is missing or wrong"
         try:
             caller = self.hook(headers) if self.hook else self._owner(key.strip())
+            if isinstance(caller, str):  # and not None: a hook may lack a `return`
+                return caller
         except PermissionError as error:
             if error.errno is not None:  # the system's; a hook's own has no number
                 raise
             why = str(error)
-        if not isinstance(caller, str):  # such as None: a hook may lack a `return`
-            raise ProxyError(401, why, code="invalid_api_key",
-                             headers=[("WWW-Authenticate", "Bearer")])
-        return caller
+        raise ProxyError(401, why, None, "invalid_api_key", [("WWW-Authenticate", "Bearer")])
 
     def _owner(self, key: str) -> str | None:
         with self._lock:  # or a slow thread could store an old version last
@@ -1090,8 +1087,7 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
     http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
-    may see one request where there are two (request smuggling), so anything ambiguous is a 400.
-    """
+    may see one request where there are two (request smuggling), so anything ambiguous is a 400."""
     head = line = first
     while line not in (b"\r\n", b"\n", b""):
         if len(head) > MAX_HEAD_BYTES or head.count(b"\n") > MAX_HEADERS + 1:
@@ -1167,8 +1163,7 @@ class Reply:
     """The answer to one request, and its log record.
 
     Data leaves in one write before a wait for Ollama. The head leaves with the first of it, so that
-    an early failure has its own status.
-    """
+    an early failure has its own status."""
 
     version, method = "HTTP/1.0", ""  # until they are known
     close = True  # the connection, after this answer
@@ -1565,8 +1560,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             exchange.method, target, exchange.version, exchange.headers = head
             route = exchange.admit(target)
             if self.excess and exchange.route not in ("/healthz", "/metrics"):
-                raise ProxyError(503, "the proxy has no free connections", code="proxy_busy",
-                                 headers=[("Retry-After", "1")])
+                raise busy("connections")
             self.deadline = time.monotonic() + BODY_SECONDS
             exchange.body = read_body(exchange, self.rfile)
         finally:
@@ -1612,9 +1606,9 @@ class ProxyServer(http.server.ThreadingHTTPServer):
             self._tls.minimum_version = ssl.TLSVersion.TLSv1_2
             try:
                 self._tls.load_cert_chain(settings.tls_cert or "", settings.tls_key)
-            except OSError as error:  # it names no file
-                raise ValueError(f"--tls-cert {settings.tls_cert or 'is missing'}, --tls-key "
-                                 f"{settings.tls_key or 'is in the same file'}: {error}") from None
+            except OSError as error:  # which names no file
+                files = f"--tls-cert {settings.tls_cert} --tls-key {settings.tls_key}"
+                raise ValueError(f"{files}: {error}") from None
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, settings.listen.port or 0), ProxyHandler)
         shown = REACHABLE.get(host, host)
@@ -1758,8 +1752,8 @@ details:not([open]) i { font-size: 0 } details:not([open]) i::before { content: 
 <script>
 const $ = (id) => document.getElementById(id), q = JSON.stringify, rows = $("rows");
 const show = (status) => { $("status").textContent = status };
-let run = {};  // the current stream, or the last one
-async function ask(path, body, signal) {  // throws the proxy's error if it refuses
+let run = {};
+async function ask(path, body, signal) {
   const headers = {"Content-Type": "application/json", Authorization: `Bearer ${$("key").value}`};
   const method = body ? "POST" : "GET";
   const response = await fetch("v1/" + path, {method, headers, body, signal});
@@ -1788,14 +1782,14 @@ async function send() {
     const reader = response.body.getReader(), decoder = new TextDecoder();
     for (let rest = "", read; !(read = await reader.read()).done;) {  // a read may end anywhere
       const blocks = (rest + decoder.decode(read.value, {stream: true})).split("\n\n");
-      rest = blocks.pop();  // what follows the last blank line waits for its own
+      rest = blocks.pop();
       blocks.forEach(receive);
       if (!rows.matches(":hover, :focus-within")) rows.scrollTop = rows.scrollHeight;
     }
     if (!run.whole) throw Error("the stream ended without [DONE]");
     show(`Done (${run.reason}): ${run.completion_tokens} tokens`);
   } catch ({name, message}) {
-    if (run !== own) return;  // another Send stopped this one
+    if (run !== own) return;  // another one began
     show(name === "AbortError" ? "stopped" : `${run.row ? "cut off" : "failed"}: ${message}`);
     $("end").textContent = `(${$("status").textContent})`;
   }
@@ -1817,7 +1811,7 @@ function receive(block) {  // a comment (": ...") or a frame ("data: ...")
   delta.tool_calls?.forEach(({function: f}) => $("calls").append(`${f.name}(${f.arguments})\n`));
 }
 const addRow = () => rows.appendChild($("row").content.firstChild.cloneNode(true)).firstChild;
-function addCode(cell, label, text) {  // a closed row hides <i>; lines break between spans
+function addCode(cell, label, text) {  // a closed row hides <i>
   const code = cell.appendChild(document.createElement("code"));
   code.title = `${((performance.now() - run.start) / 1000).toFixed(3)} s ${label}`;
   text.split(/("(?:id|model)":.*?,)(?="(?:choices|message)":)/).forEach((part, i) => {
@@ -1986,12 +1980,9 @@ def main() -> int:
             raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address")
         allow_descriptors(settings)
         return serve(ProxyServer(settings, upstream_key))
-    except OSError as error:  # of a file, if it has a name, else of the port
-        what = error.filename or f"can't listen on {settings.listen.netloc}; try another --listen"
-        say(f"ndjson_sse_proxy: {what}: {error.strerror or error}")
-    except ValueError as error:
-        say(f"ndjson_sse_proxy: {error}")
-    return 2
+    except (OSError, ValueError) as error:
+        say(f"ndjson_sse_proxy: can't start on {settings.listen.netloc}: {error}")
+        return 2
 
 
 def announce(server: ProxyServer) -> None:
@@ -2005,9 +1996,9 @@ def announce(server: ProxyServer) -> None:
     say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
         f"hooks: {', '.join(server.hooks) or 'none'}")
     if "num_ctx" in dict(settings.option):
-        say("note: Ollama's own /v1 routes ignore --option num_ctx, and Ollama reloads a model if "
-            "num_ctx changes; OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
-    try:  # so that a wrong URL shows before the first client comes
+        say("note: Ollama's own /v1 routes ignore num_ctx, and a model is reloaded if it changes; "
+            "OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
+    try:  # a wrong URL should show before the first client comes
         server.upstream.connect().close()
     except ProxyError as error:
         say(f"warning: {error.message} ({error.detail}); or try --demo, without Ollama")

@@ -1970,7 +1970,7 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
         "--upstream http://127.0.0.1:1/é", "--idle-timeout nan", "--api-key sk-tiny",
         "--alias x", "--option num_ctx=big", "--option nosuch=1", "--nosuch")],
     *[(flag + " /no/file", "/no/file") for flag in ("--api-key-file", "--tls-cert", "--tls-key", "--hooks")],
-    ("--listen 192.0.2.1:0 --insecure", "can't listen"), ("--listen 0.0.0.0:0", "--insecure"),
+    ("--listen 192.0.2.1:0 --insecure", "can't start"), ("--listen 0.0.0.0:0", "--insecure"),
     ("--upstream 127.0.0.1:11435", "own address"), ("--upstream 127.0.0.1:11434/v1", "remove /v1"),
     ("--demo --upstream box", "--demo and --upstream"), ("--hooks /dev/null", "none of authenticate"),
     ("--api-key sk-0123456789 sk-9876543210", "belongs to no flag"),

@@ -177,12 +177,11 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
         match = re.search(pattern, text, re.DOTALL)
         if match:
             found = match.groups()
-            words["cure"] = (
-                f": num_ctx is {words['num_ctx']} already, and the model can't use more."
-                if len(found) > 1 and words["num_ctx"] > int(found[1]) else
+            useless = len(found) > 1 and words["num_ctx"] > int(found[1])
+            words["cure"] = ": the model can't use a larger num_ctx." if useless else (
                 ", or set options.num_ctx in the request or --option num_ctx=N on the proxy.")
-            return ProxyError(new_status, message.format(*found, **words),
-                              param.format(*found, **words), code)
+            message, param = (part.format(*found, **words) for part in (message, param))
+            return ProxyError(new_status, message, param, code)
     return ProxyError(status, text or "Ollama failed without a reason", code="upstream_error")
 
 
@@ -290,7 +289,7 @@ def choice(delta: Json, finish_reason: str | None = None) -> Json:
     return {"index": 0, "delta": delta, "finish_reason": finish_reason}
 
 
-OPENING = choice({"role": "assistant", "content": ""})  # before everything else, and only once
+OPENING = choice({"role": "assistant", "content": ""})  # comes first, and only once
 
 
 class ChatStream:
@@ -380,7 +379,7 @@ class ChatStream:
         if text.strip():  # `format` made the model write {"name": ..., "arguments": ...}
             try:
                 deltas.append(self._tool_call(parse_object(text)))
-            except ValueError:  # the answer was too long, so what came stays text
+            except ValueError:  # it was cut, and stays text
                 deltas.append({"content": text})
                 reason = "length"
         # Old versions give none; load and unload answer a chat without messages.
@@ -532,9 +531,8 @@ MESSAGE_FIELDS: dict[str, Field] = {
     **dict.fromkeys(("reasoning", "reasoning_content"), ("string", "thinking", None)),
     "tool_calls": ("array", "tool_calls", to_native_calls),
     "tool_call_id": ("string", "tool_call_id", None),
-    **dict.fromkeys(("name", "annotations"), HINT),
+    "name": HINT,
     "function_call": refused("use tool_calls"),
-    "audio": refused("the proxy has no earlier audio"),
 }
 
 # Ollama's options: members of `options`, or fields of their own (extra_body).
@@ -1191,8 +1189,7 @@ class Reply:
         if self.server.stopping:
             self.before()  # which raises
         if time.monotonic() > self._deadline:
-            raise ProxyError(504, f"Ollama was silent for {self.server.settings.idle_timeout:g} s "
-                             "(--idle-timeout)", code="upstream_timeout")
+            raise ProxyError(504, "Ollama was silent for --idle-timeout", code="upstream_timeout")
         seconds = self.server.settings.heartbeat or float("inf")
         if self._heartbeat and time.monotonic() - self._sent_at >= seconds:
             self.pending.append(self._heartbeat())
@@ -1828,10 +1825,9 @@ list($("key").onchange = list);
 """
 
 
-PAGE_HEADERS = [  # what is in the page runs, and it talks to the proxy only
-    ("Content-Security-Policy", (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
-        "connect-src 'self'; frame-ancestors 'none'")),
+PAGE_HEADERS = [("Content-Security-Policy", (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
+    "connect-src 'self'; frame-ancestors 'none'")),
     ("Cache-Control", "no-cache"), ("Vary", "Accept")]
 
 
@@ -1888,9 +1884,8 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
                "HOST:PORT", "where clients connect; port 0 picks a free one"),
     "upstream": ("127.0.0.1:11434", parse_url, "URL", "where Ollama is; or set $OLLAMA_HOST"),
     "demo": (False, bool, "", "answer from scripts, without Ollama"),
-    "api-key": ([], parse_key, "[NAME:]KEY",
-                "let callers in with this key (other users may see it in the process list)"),
-    "api-key-file": (None, str, "FILE", "let callers in with a key in this file, one per line"),
+    "api-key": ([], parse_key, "[NAME:]KEY", "key for callers; the list of processes may show it"),
+    "api-key-file": (None, str, "FILE", "file with keys for callers, one per line"),
     "insecure": (False, bool, "", "allow other machines without keys"),
     "tls-cert": (None, str, "FILE", "serve HTTPS with this certificate (PEM)"),
     "tls-key": (None, str, "FILE", "its private key, if in a file of its own"),
@@ -1900,11 +1895,9 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
                    "DURATION", "default for how long models stay loaded (5m; -1: forever)"),
     "allow-truncation": (False, bool, "", "let Ollama silently cut prompts that are too long"),
     "hooks": (None, str, "FILE", "Python with authenticate(), shape() or observe()"),
-    "heartbeat": ("10", parse_number, "SECONDS",
-                  "send a heartbeat after so much silence; 0: never"),
-    "idle-timeout": ("600", parse_number, "SECONDS",
-                     "give up when Ollama is silent for so long, loading included; 0: never"),
-    "max-connections": ("512", parse_number, "N", "connections at the same time; others get a 503"),
+    "heartbeat": ("10", parse_number, "SECONDS", "silence before a heartbeat; 0: none"),
+    "idle-timeout": ("600", parse_number, "SECONDS", "silence of Ollama before an error; 0: none"),
+    "max-connections": ("512", parse_number, "N", "connections at a time; others get a 503"),
 }
 
 

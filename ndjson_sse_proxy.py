@@ -5,15 +5,13 @@ r"""ndjson_sse_proxy: Ollama's NDJSON in, OpenAI-style SSE out.
 
 Ollama streams an answer as NDJSON: one JSON object per line, in a chunked HTTP body.
 
-    {"model":"m","message":{"role":"assistant","content":"Hel"},"done":false}\n
-    {"model":"m","message":{"role":"assistant","content":"lo"},"done":false}\n
+    {"model":"m","message":{"role":"assistant","content":"Hello"},"done":false}\n
     {"model":"m","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop"}\n
 
 OpenAI-style clients read server-sent events (SSE), whose deltas add up to the message:
 
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"role":"assistant","content":""},...}]}\n\n
-    data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"content":"Hel"},...}]}\n\n
-    data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"content":"lo"},...}]}\n\n
+    data: {"id":"chatcmpl-1",...,"choices":[{"delta":{"content":"Hello"},...}]}\n\n
     data: {"id":"chatcmpl-1",...,"choices":[{"delta":{},"finish_reason":"stop"}]}\n\n
     data: [DONE]\n\n
 
@@ -105,12 +103,10 @@ ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_f
 class ClientGone(Exception):
     """The client has hung up or stopped reading."""
 
-
 class ProxyError(Exception):
     """A refusal or failure that the client is told about.
 
     `param` is the request field at fault, `code` a word for programs, `detail` for the log only."""
-
     def __init__(self, status: int, message: str, param: str | None = None,
                  code: str | None = None, headers: Headers = (), detail: str | None = None) -> None:
         super().__init__(message)
@@ -144,12 +140,11 @@ def cut_upstream(what: str) -> ProxyError:
 
 OVERFLOW = 400, "messages", "context_length_exceeded"
 # Ollama's error texts, and the status, param, code and message they become: SDKs retry a 500, so a
-# client's mistake must be a 400. {0} is the pattern's first group, {text} the whole text, {schema}
-# the field that holds the JSON schema, {cure} what to do.
+# client's mistake must be a 400. {0} is the first group, {schema} the field with the JSON schema.
 UPSTREAM_ERRORS = [
     (r"request \((\d+) tokens\) exceeds the available context size \((\d+) tokens\)", *OVERFLOW,
-     ("This model's maximum context length is {1} tokens. However, your messages resulted in {0} "
-      "tokens. Shorten the messages{cure}")),
+     ("This model's maximum context length is {1} tokens, but your messages have {0} tokens. "
+      "Shorten them{cure}")),
     ("input length exceeds the context length|prompt is longer than the context length", *OVERFLOW,
      "This model's maximum context length is exceeded by your messages. Shorten them{cure}"),
     (r"^model ['\"](.+?)['\"] not found", 404, "model", "model_not_found",
@@ -158,8 +153,7 @@ UPSTREAM_ERRORS = [
     (r"^invalid format: |(?i:unsupported \$ref|json schema|resolving ref|parse grammar)", 400,
      "{schema}", None, "Ollama can't use the schema in '{schema}': {text}"),
     (r"^invalid input type", 400, "input", None,
-     ("'input' must be text; Ollama takes no token arrays. With LangChain, use "
-      "OpenAIEmbeddings(check_embedding_ctx_length=False)")),
+     "'input' must be text, not tokens (with LangChain: check_embedding_ctx_length=False)"),
 ]
 
 
@@ -301,7 +295,6 @@ class ChatStream:
     >>> stream.feed({"done": True, "done_reason": "stop"})
     [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]
     """
-
     def __init__(self, model: str, stream_id: str, created: int,
                  wanted: Json | None = None) -> None:  # see to_ollama_chat()
         self._wanted, self._opened, self.done = wanted or {}, False, False
@@ -689,7 +682,6 @@ class PatientReader(io.RawIOBase):
 
     `patience` says what to do before() a wait, after each tick of silence(), and if the connection
     is lost(), which returns what to raise. (See Reply and ProxyHandler in section 9.)"""
-
     def __init__(self, sock: socket.socket, original: io.IOBase, patience: Any) -> None:
         # http.client may close its socket early; it stays open as long as the original file.
         self._sock, self._original, self._patience = sock, original, patience
@@ -744,7 +736,7 @@ def read_object(response: HTTPResponse, wanted: Json | None = None) -> Json:
     raise error
 
 
-def retry_after(response: HTTPResponse) -> list[tuple[str, str]]:
+def retry_after(response: HTTPResponse) -> Headers:
     """Return Ollama's header of that name; an empty one is not sent."""
     return [("Retry-After", response.getheader("Retry-After", ""))]
 
@@ -755,15 +747,14 @@ REACHABLE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 class Upstream:
     """An Ollama at a URL."""
-
     def __init__(self, url: urllib.parse.SplitResult, api_key: str = "") -> None:
         self.url, host = url, str(url.hostname)
         make: Any = http.client.HTTPConnection
         if url.scheme == "https":  # one context for all: it takes long to make
             tls = ssl.create_default_context()
             make = partial(http.client.HTTPSConnection, context=tls)
-        self._connection = partial(make, REACHABLE.get(host, host), url.port,
-                                             timeout=CONNECT_SECONDS)
+        host = REACHABLE.get(host, host)
+        self._connection = partial(make, host, url.port, timeout=CONNECT_SECONDS)
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     @contextmanager
@@ -838,8 +829,8 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
             record.update(end="error", error="upstream_error")
         ended |= bool(mark) and (kind == NDJSON or not line)  # a blank line ends an event
 
-    for piece in body_lines(response) if lines else iter(
-            partial(ask, response.read1, SLICE_BYTES), b""):
+    pieces = iter(partial(ask, response.read1, SLICE_BYTES), b"")
+    for piece in body_lines(response) if lines else pieces:
         rest += piece
         if kind not in (NDJSON, SSE):
             rest = rest[-TAIL_BYTES:]
@@ -910,7 +901,6 @@ LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 
 class Gate:
     """Decides which web pages and callers get in. Re-reads the key file when it changes."""
-
     def __init__(self, settings: argparse.Namespace, hook: Callable[[Any], Any] | None) -> None:
         self.hook, self._path, self._given = hook, settings.api_key_file, list(settings.api_key)
         self.has_keys = bool(self._path or self._given)
@@ -993,13 +983,11 @@ class Gate:
                        for name, key in self._given + keys}
 
 
-TAKE_OPTIONS = ("/v1/chat/completions", "/api/chat", "/api/generate", "/api/embed",
-                "/api/embeddings")
+IGNORES = re.compile("/v1/(?!chat)")  # Ollama's own /v1 routes take no options
 
 
 class Shaper:
     """Changes requests: the hook first, then aliases and default options."""
-
     def __init__(self, settings: argparse.Namespace, hook: Callable[..., Any] | None) -> None:
         self.hook, self.aliases, self._options = hook, dict(settings.alias), dict(settings.option)
         self._defaults = {"options": self._options} if settings.option else {}
@@ -1008,7 +996,7 @@ class Shaper:
 
     def changes(self, route: str) -> bool:
         """Return whether requests to this route may be changed, and so must be read."""
-        return bool(self.hook or self.aliases or route in TAKE_OPTIONS and self._defaults)
+        return bool(self.hook or self.aliases or self._defaults and not IGNORES.match(route))
 
     def shape(self, route: str, body: Json, caller: str | None) -> Json:
         """Return the body to use instead. A hook may raise ProxyError to refuse."""
@@ -1018,7 +1006,7 @@ class Shaper:
         model, options = body.get("model"), body.get("options") or {}
         if isinstance(model, str) and model in self.aliases:
             body = {**body, "model": self.aliases[model]}
-        if route in TAKE_OPTIONS and self._defaults:
+        if self._defaults and not IGNORES.match(route):
             body = {**self._defaults, **{k: v for k, v in body.items() if v is not None}}
             if isinstance(options, dict):
                 body["options"] = {**self._options, **options}
@@ -1033,7 +1021,6 @@ RECORD_NAMES = (
 
 class Observer:
     """Logs each request as one line of JSON and counts it for Prometheus."""
-
     def __init__(self, hook: Callable[[Json], Any] | None) -> None:
         self._hook, self._lock = hook, threading.Lock()
         # Clients can't invent names: no label holds what they send.
@@ -1080,8 +1067,7 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
              "x-api-key", "origin")
 
 
-def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
-        str, str, str, HTTPMessage]:
+def read_head(first: bytes, readline: Callable[..., bytes]) -> tuple[str, str, str, HTTPMessage]:
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
     http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
@@ -1103,12 +1089,10 @@ def read_head(first: bytes, readline: Callable[[int], bytes]) -> tuple[
         headers[name] = value.strip().decode("latin-1")
     if version == "HTTP/1.1" and "Host" not in headers:
         raise ProxyError(400, "the Host header is missing")
-    if not re.fullmatch("[0-9]{1,18}", headers.get("Content-Length", "0")):
-        raise ProxyError(400, "the Content-Length is not a number")
-    coding = headers.get("Transfer-Encoding", "chunked").lower()
-    if coding != "chunked" or "Transfer-Encoding" in headers and (
-            "Content-Length" in headers or version == "HTTP/1.0"):
-        raise ProxyError(400, "the Transfer-Encoding must be chunked, without a Content-Length")
+    length, coding = headers.get("Content-Length", "0"), headers.get("Transfer-Encoding")
+    if not re.fullmatch("[0-9]{1,18}", length) or coding is not None and (
+            coding.lower() != "chunked" or "Content-Length" in headers or version == "HTTP/1.0"):
+        raise ProxyError(400, "it is unclear where the body ends")
     return method, target, version, headers
 
 
@@ -1162,7 +1146,6 @@ class Reply:
 
     Data leaves in one write before a wait for Ollama. The head leaves with the first of it, so that
     an early failure has its own status."""
-
     version, method = "HTTP/1.0", ""  # until they are known
     close = True  # the connection, after this answer
     cors: Headers = ()
@@ -1290,7 +1273,6 @@ PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-versi
 
 class Exchange(Reply):
     """One request and its answer: a method for each route, and what they share."""
-
     server: ProxyServer
     headers: HTTPMessage
     body, unread, route, model_id = b"", True, "none", ""
@@ -1472,8 +1454,7 @@ ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
     "/healthz": {"GET": lambda exchange: exchange.send_text("ok\n")},
     "/metrics": {"GET": lambda exchange: exchange.send_text(exchange.server.observer.metrics())},
     "/v1/chat/completions": {"POST": Exchange.chat},
-    "/v1/models": {"GET": Exchange.models},
-    "/v1/models/*": {"GET": Exchange.models},
+    **{path: {"GET": Exchange.models} for path in ("/v1/models", "/v1/models/*")},
     **{path: {"POST": Exchange.passthrough} for path in (
         "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
         "/v1/audio/transcriptions", "/api/chat", "/api/generate", "/api/embed", "/api/embeddings",
@@ -1488,7 +1469,6 @@ ROUTES: dict[str, dict[str, Callable[[Exchange], None] | None]] = {
 
 class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, in its own thread."""
-
     server: ProxyServer
     disable_nagle_algorithm = True  # a frame leaves at once
     timeout = CLIENT_SECONDS
@@ -1578,7 +1558,6 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
 
 class ProxyServer(http.server.ThreadingHTTPServer):
     """The proxy. It accepts connections as soon as it exists; serve_forever() answers them."""
-
     daemon_threads = True  # a stream that never ends must not keep the process alive
     request_queue_size = 128  # the default of 5 refuses a burst of clients
     allow_reuse_address = os.name != "nt"  # on Windows it would let two servers share a port
@@ -1595,8 +1574,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         host = str(settings.listen.hostname)
         if not (self.gate.has_keys or self.gate.hook or settings.insecure
                 or re.fullmatch(r"localhost|127(\.\d+){3}|::1", host)):
-            raise ValueError(f"anyone who can reach {host} could use your Ollama; set keys with "
-                             "--api-key-file FILE, or allow everyone with --insecure")
+            raise ValueError(f"anyone who can reach {host} could use your Ollama; set "
+                             "--api-key-file, or allow it with --insecure")
         self._tls: ssl.SSLContext | None = None
         if settings.tls_cert or settings.tls_key:
             self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -1644,12 +1623,12 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.draining = True
         self.shutdown()
         self.server_close()
-        whole = False
+        whole, counts = False, self.observer.counts
         for seconds in DRAIN_SECONDS, LINGER_SECONDS:
             deadline = time.monotonic() + seconds
-            while self.observer.counts["active_requests"] and time.monotonic() < deadline:
+            while counts["active_requests"] and time.monotonic() < deadline:
                 time.sleep(0.02)
-            whole = whole or not self.observer.counts["active_requests"] and not self.stopping
+            whole = whole or not counts["active_requests"] and not self.stopping
             self.stopping = True
         return whole
 
@@ -1672,7 +1651,6 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
     """Answers any request in chunks, as Ollama does, a record at a time."""
-
     protocol_version = "HTTP/1.1"
     pace = 0.03  # seconds between two records: slow enough to watch
 
@@ -1836,9 +1814,8 @@ PAGE_HEADERS = [("Content-Security-Policy", (
 
 def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
     """Read HOST, HOST:PORT or a URL the way Ollama reads $OLLAMA_HOST."""
-    match = re.fullmatch(
-        r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!\"$->@-~]*)?",
-        text.strip(), re.ASCII | re.IGNORECASE)
+    match = re.fullmatch(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!$->@-~]*)?",
+                         text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
         raise Mistake(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
@@ -1902,8 +1879,7 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse, but a mistake is one line instead of the whole usage."""
-
+    """argparse, but a mistake is one line."""
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ndjson_sse_proxy: {message.replace('argument --', '--')} (try --help)\n")
 
@@ -1959,7 +1935,7 @@ def allow_descriptors(settings: argparse.Namespace) -> None:
 
 
 def main() -> int:
-    """Serve until Ctrl-C or SIGTERM. Returns the exit status: 0 if no answer had to be cut."""
+    """Serve until Ctrl-C or SIGTERM. Return the exit status: 0 if no answer had to be cut."""
     settings = read_settings(sys.argv[1:], os.environ)
     upstream_key = os.environ.get("OLLAMA_API_KEY", "")
     if settings.demo:
@@ -1968,7 +1944,7 @@ def main() -> int:
                    for url in (settings.listen, settings.upstream))
     try:
         if not re.fullmatch("[!-~]*", upstream_key):
-            raise ValueError("$OLLAMA_API_KEY has characters that a header can't carry")
+            raise ValueError("$OLLAMA_API_KEY does not fit into a header")
         if here == there:
             raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address")
         allow_descriptors(settings)

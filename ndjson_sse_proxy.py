@@ -61,7 +61,7 @@ from functools import partial
 from http.client import HTTPMessage, HTTPResponse
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # names for annotations, which never run
+if TYPE_CHECKING:  # for annotations, which never run
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import NoReturn
 
@@ -72,8 +72,8 @@ if TYPE_CHECKING:  # names for annotations, which never run
 
 __version__ = "0.2.0"
 
-# ---- 1. Limits -----------------------------------------------------------------------------------
-# Every buffer has a limit and every wait an end, or one client could take all memory or threads.
+# ---- 1. Limits ----
+# Every buffer has a limit and every wait an end, or one client could take it all.
 
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file
 MAX_BODY_BYTES = 32 << 20  # a long chat with pictures, or a whole answer
@@ -93,7 +93,7 @@ YOUNG_SECONDS = 2.0  # a younger file may change without a new timestamp
 TICK_SECONDS = 0.25  # between two looks at a client
 
 
-# ---- 2. Errors -----------------------------------------------------------------------------------
+# ---- 2. Errors ----
 # An SDK decides by the status whether to retry, and shows `message` to a person.
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -179,7 +179,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
     return ProxyError(status, text or "Ollama failed without a reason", code="upstream_error")
 
 
-# ---- 3. NDJSON in: lines to records --------------------------------------------------------------
+# ---- 3. NDJSON in: lines to records ----
 # Only the record with "done": true completes an answer: even after a cut, HTTP can end well.
 
 
@@ -223,11 +223,11 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
             raise broken_upstream(f"a line that is not a JSON object, {text[:60]!r}") from None
 
 
-# ---- 4. SSE out: values to frames ----------------------------------------------------------------
+# ---- 4. SSE out: values to frames ----
 # A frame is one or more `data:` lines and a blank line. JSON takes one: newlines are \n in it.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-# JSON and SSE allow these, but readers like httpx's iter_lines() take them for line ends.
+# JSON and SSE allow these, but readers like httpx's iter_lines() see line ends.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
@@ -274,7 +274,7 @@ def raw_frames(lines: Iterable[bytes]) -> Iterator[bytes]:
     yield SSE_DONE
 
 
-# ---- 5. Stream: Ollama's records to OpenAI's chunks ----------------------------------------------
+# ---- 5. Stream: Ollama's records to OpenAI's chunks ----
 # A chunk is an envelope, the same throughout a stream, around one choice.
 
 
@@ -292,19 +292,17 @@ class ChatStream:
     >>> stream = ChatStream("m", "chatcmpl-1", 1700000000)
     >>> [choice["delta"] for choice in stream.feed({"message": {"content": "Hi"}})]
     [{'role': 'assistant', 'content': ''}, {'content': 'Hi'}]
-    >>> stream.feed({"done": True, "done_reason": "stop"})
-    [{'index': 0, 'delta': {}, 'finish_reason': 'stop'}]
     """
     def __init__(self, model: str, stream_id: str, created: int,
                  wanted: Json | None = None) -> None:  # see to_ollama_chat()
         self._wanted, self._opened, self.done = wanted or {}, False, False
-        self.tokens = 0, 0  # of the prompt and the answer, known once it is done
+        self.tokens = 0, 0  # of prompt and answer, once it is done
         self.envelope = {"id": stream_id, "object": "chat.completion.chunk", "created": created,
                          "model": model, "system_fingerprint": "fp_ollama"}
-        # A stream serialises its envelope only once: all but the ]} at its end.
+        # All but the ]} at its end, serialised only once.
         self._head = b"data: " + to_bytes({**self.envelope, "choices": []})[:-2]
-        self._call_ids: set[str] = set()  # of the tool calls sent so far
-        self._text: list[str] = []  # of a forced call, until it is complete
+        self._call_ids: set[str] = set()  # sent so far
+        self._text: list[str] = []  # of a forced call, so far
 
     def feed(self, record: Json) -> list[Json]:
         """Return the choices for a record. Raises ProxyError for an error, or a malformed one."""
@@ -389,7 +387,7 @@ def translate(lines: Iterable[bytes], stream: ChatStream) -> Iterator[Json]:
 
 
 def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
-    """Return the chat.completion that a stream's choices add up to."""
+    """Return the chat.completion that choices add up to."""
     parts: dict[str, list[Any]] = {}
     for part in choices:
         added = {**part["delta"], "logprobs": part.get("logprobs", {}).get("content", [])}
@@ -405,8 +403,8 @@ def whole_answer(stream: ChatStream, choices: Iterable[Json]) -> Json:
     return {**stream.with_usage([whole]), "object": "chat.completion"}
 
 
-# ---- 6. Request: OpenAI's body to Ollama's -------------------------------------------------------
-# The tables are the specification. A later row overwrites what an earlier one put in its place.
+# ---- 6. Request: OpenAI's body to Ollama's ----
+# The tables are the specification. A later row wins over an earlier one with the same place.
 
 JSON_TYPES: dict[str, Any] = {"any": object, "string": str, "integer": int, "number": (int, float),
                               "boolean": bool, "object": dict, "array": list}
@@ -518,7 +516,7 @@ def to_native_calls(calls: list[Any], param: str) -> list[Json]:
 
 
 MESSAGE_FIELDS: dict[str, Field] = {
-    # OpenAI's name: JSON type, place in Ollama's message, conversion
+    # OpenAI's name: JSON type, place in Ollama's object, conversion
     "role": ("string", "role", partial(one_of, ROLES)),
     "content": ("string or array", "*", to_content),
     **dict.fromkeys(("reasoning", "reasoning_content"), ("string", "thinking", None)),
@@ -537,7 +535,6 @@ OPTIONS = {
     "num_ctx": "integer", "seed": "integer", "stop": "string or array"}
 
 CHAT_FIELDS: dict[str, Field] = {
-    # OpenAI's name: JSON type, place in Ollama's body, conversion
     **{name: (types, name, None) for name, types in {
         "model": "string", "messages": "array", "tools": "array", "options": "object",
         "keep_alive": "string or number", "think": "boolean or string",
@@ -588,7 +585,7 @@ def map_fields(table: dict[str, Field], source: Json, target: Json, where: str =
 def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     """Convert messages one for one, in the same order."""
     native: list[Json] = []
-    called: dict[str, str] = {}  # the id of each tool call so far -> the function's name
+    called: dict[str, str] = {}  # id of each call so far -> its function
     for where, message in each(messages, "messages"):
         required(message, "role", "string", where)
         new: Json = {"content": ""}
@@ -602,8 +599,8 @@ def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
 
 
 def move_schemas(schemas: list[Any], whole: Json) -> Json:
-    """Return `whole` with the schemas under $defs. Their references to their root ("#") move along,
-    because Ollama can't follow one to the root of all."""
+    """Return `whole` with the schemas under $defs. References to their root ("#") move along:
+    Ollama can't follow one to the root of all."""
     return {**whole, "$defs": {str(i): json.loads(to_json(schema).replace(
         '"$ref":"#', f'"$ref":"#/$defs/{i}')) for i, schema in enumerate(schemas)}}
 
@@ -611,8 +608,8 @@ def move_schemas(schemas: list[Any], whole: Json) -> Json:
 def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
     """Obey tool_choice: leave out the tools, or force a call of one or any of them.
 
-    When forced, even a model without tools can write nothing but {"name", "arguments"}, which
-    ChatStream turns into a call."""
+    When forced, even a model without tools writes {"name", "arguments"}; ChatStream makes that a
+    call."""
     tools = native.pop("tools", [])
     functions = {to_function_name(tool, where): tool["function"]
                  for where, tool in each(tools, "tools")}
@@ -621,7 +618,7 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
         functions = {name: functions[name]} if name in functions else {}
     one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
     if mode == "none":
-        wanted["max_calls"] = 0  # some models call tools they have only read about
+        wanted["max_calls"] = 0  # some models call tools anyway
     elif mode == "auto":
         native.update({"tools": tools} if tools else {})
     elif functions:
@@ -646,8 +643,8 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
     max_calls, forced, schema, num_ctx: each if it applies); and the fields that had no effect."""
     required(body, "model", "string")
     required(body, "messages", "array")
-    # Ollama silently cuts a prompt that is too long unless `truncate` is false. Never add `shift`:
-    # a value that differs from the loaded model's makes Ollama reload it.
+    # Ollama silently cuts a long prompt unless `truncate` is false. Never add `shift`: a value that
+    # differs from the loaded model's makes Ollama reload it.
     native: Json = {"options": {}, "wanted": {}, "stream": True, "truncate": truncate}
     try:
         ignored = map_fields(CHAT_FIELDS, body, native)
@@ -669,10 +666,10 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
     return native, wanted, ignored
 
 
-# ---- 7. Waiting for Ollama -----------------------------------------------------------------------
+# ---- 7. Waiting for Ollama ----
 # A request's thread waits in one place, PatientReader, from which http.client reads the answer.
-# Before a wait it sends what it has. After each tick of silence it may send a heartbeat, or raise,
-# which closes the connection to Ollama; and Ollama stops working.
+# Before a wait it sends what it has. After a tick of silence it may send a heartbeat, or raise,
+# which closes the connection to Ollama; then Ollama stops.
 
 NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 
@@ -680,8 +677,8 @@ NDJSON, SSE = "application/x-ndjson", "text/event-stream"
 class PatientReader(io.RawIOBase):
     """The raw side of the buffered reader that http.client reads from.
 
-    `patience` says what to do before() a wait, after each tick of silence(), and if the connection
-    is lost(), which returns what to raise. (See Reply and ProxyHandler in section 9.)"""
+    `patience` (Reply or ProxyHandler) is told before() a wait, after each tick of silence(), and
+    when the connection is lost(), which returns what to raise."""
     def __init__(self, sock: socket.socket, original: io.IOBase, patience: Any) -> None:
         # http.client may close its socket early; it stays open as long as the original file.
         self._sock, self._original, self._patience = sock, original, patience
@@ -690,7 +687,7 @@ class PatientReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Wait for bytes, with the socket's timeout as the tick. Raises what `patience` raises."""
+        """Wait for bytes, with the socket's timeout as the tick."""
         self._patience.before()
         while True:
             try:
@@ -732,13 +729,8 @@ def read_object(response: HTTPResponse, wanted: Json | None = None) -> Json:
         error = upstream_error(value, max(response.status, 400), wanted)
     except ValueError:  # "404 page not found", a redirect, or another program's HTML
         error = broken_upstream(f"status {response.status}, {body[:60]!r}. Is that an Ollama?")
-    error.headers = retry_after(response)
+    error.headers = [("Retry-After", response.getheader("Retry-After", ""))]
     raise error
-
-
-def retry_after(response: HTTPResponse) -> Headers:
-    """Return Ollama's header of that name; an empty one is not sent."""
-    return [("Retry-After", response.getheader("Retry-After", ""))]
 
 
 # What to connect to: 0.0.0.0 means all addresses.
@@ -760,10 +752,7 @@ class Upstream:
     @contextmanager
     def request(self, patience: Any, method: str, path: str, body: bytes | None = None,
                 headers: Json | None = None) -> Iterator[HTTPResponse]:
-        """Send a request; yield the response once its head is there, which can take minutes.
-
-        Closing the connection tells Ollama to stop. Raises ProxyError, and what `patience` raises.
-        """
+        """Send a request; yield the response once its head is there, which can take minutes."""
         def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
             response = HTTPResponse(sock, *args, **kwargs)
             response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
@@ -813,10 +802,10 @@ def end_mark(kind: str, line: bytes) -> str:
 
 
 def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -> Iterator[bytes]:
-    """Yield an answer as it arrives, or its lines; note its tokens. Raises a 502 if it was cut.
+    """Yield an answer as it arrives, or its lines; note its tokens. A cut is a 502.
 
     When its model runner dies, Ollama ends some streams as if they were complete. So look for the
-    end mark, in whole lines: an answer's text may contain anything that looks like one."""
+    end mark, in whole lines: a text may contain anything that looks like one."""
     kind = response.headers.get_content_type() if response.status == 200 else ""
     rest, piece, mark, ended = bytearray(), b"", "", kind not in (NDJSON, SSE)
 
@@ -848,9 +837,9 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
         raise cut_upstream("it ended too early")
 
 
-# ---- 8. Authenticate, shape, observe -------------------------------------------------------------
-# Three classes, each with one method that has the name and the signature of its hook. A function in
-# the --hooks file replaces authenticate(), runs before shape() and after observe().
+# ---- 8. Authenticate, shape, observe ----
+# Three classes, each with a method that has the name and signature of its hook. A hook replaces
+# authenticate(), runs before shape() and after observe().
 
 
 def say(text: str) -> None:
@@ -887,8 +876,8 @@ def parse_key(line: str) -> tuple[str, str]:
     """Split [NAME:]KEY; return (name, key)."""
     name, _, key = line.strip().rpartition(":")
     if not re.fullmatch(r"[\w.@-]{0,40}", name) or not re.fullmatch("[!-~]{8,200}", key):
-        raise Mistake("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters "
-                      "without spaces; a comment needs its own line")
+        raise Mistake("a key must be [NAME:]KEY; KEY has 8 to 200 visible ASCII characters; "
+                      "a comment needs its own line")
     return name or "key", key
 
 
@@ -913,8 +902,8 @@ class Gate:
     def check_site(self, headers: HTTPMessage) -> list[tuple[str, str]]:
         """Return the CORS headers. Raises ProxyError 403 if a foreign web page may be calling.
 
-        With keys any page may try: a foreign page has no key. Otherwise the Host must be local,
-        since a page can point its own name at 127.0.0.1 (DNS rebinding), and so must the Origin."""
+        With keys any page may try: a foreign page has none. Otherwise Host and Origin must be
+        local; a page can point its own name at 127.0.0.1 (DNS rebinding)."""
         origin, host = headers.get("Origin", ""), headers.get("Host", "localhost").lower()
         any_page = self.has_keys and not self.hook
         local = LOCAL_HOST.fullmatch(host) or host.split(":")[0] == socket.gethostname().lower()
@@ -946,14 +935,14 @@ class Gate:
 
     def _owner(self, key: str) -> str | None:
         with self._lock:  # or a slow thread could store an old version last
-            before, self._warning = self._warning, ""
             try:
                 if self._path:
                     self._read_file()
+                self._warning = ""
             except (OSError, ValueError) as error:
-                self._warning = f"warning: the previous keys stay valid: {error}"
-                if self._warning != before:
-                    say(self._warning)
+                if self._warning != str(error):
+                    say(f"warning: the previous keys stay valid: {error}")
+                self._warning = str(error)
         return self.owners.get(hashlib.sha256(key.encode("latin-1")).digest())
 
     def _read_file(self, starting: bool = False) -> None:
@@ -1023,12 +1012,12 @@ class Observer:
     """Logs each request as one line of JSON and counts it for Prometheus."""
     def __init__(self, hook: Callable[[Json], Any] | None) -> None:
         self._hook, self._lock = hook, threading.Lock()
-        # Clients can't invent names: no label holds what they send.
+        # No label holds what clients send, or they could invent many.
         self.counts: collections.Counter[str] = collections.Counter(
             active_requests=0, client_hangups_total=0)
 
     def count(self, amounts: Mapping[str, Any]) -> None:
-        """Add to the metrics; names may have labels."""
+        """Add to the metrics, whose names may have labels."""
         with self._lock:
             self.counts.update(amounts)
 
@@ -1058,7 +1047,7 @@ class Observer:
                            for name, value in sorted(self.counts.items()))
 
 
-# ---- 9. Downstream: the HTTP server --------------------------------------------------------------
+# ---- 9. Downstream: the HTTP server ----
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]"
 HEADER = b"(?:(" + TOKEN + rb"+):([\t -~\x80-\xff]*)\r\n)"
@@ -1070,8 +1059,8 @@ ONCE_ONLY = ("host", "content-length", "transfer-encoding", "content-type", "aut
 def read_head(first: bytes, readline: Callable[..., bytes]) -> tuple[str, str, str, HTTPMessage]:
     """Read the rest of a request's head, strictly: (method, target, version, headers).
 
-    http.server accepts two lengths, folded lines, a bare CR and more. A proxy in front of this one
-    may see one request where there are two (request smuggling), so anything ambiguous is a 400."""
+    http.server accepts two lengths, folded lines, a bare CR and more, which a proxy in front may
+    read in another way (request smuggling). So anything ambiguous is a 400."""
     head = line = first
     while line not in (b"\r\n", b"\n", b""):
         if len(head) > MAX_HEAD_BYTES or head.count(b"\n") > MAX_HEADERS + 1:
@@ -1097,7 +1086,7 @@ def read_head(first: bytes, readline: Callable[..., bytes]) -> tuple[str, str, s
 
 
 def read_body(request: Exchange, reader: io.BufferedIOBase) -> bytes:
-    """Read a request's body: by its length, or in chunks without extensions or trailers."""
+    """Read a body, by its length or in chunks without extensions and trailers."""
     headers, length = request.headers, request.headers.get("Content-Length")
     chunked, left, body = "Transfer-Encoding" in headers, int(length or 0), bytearray()
     end = b"\r\n" if chunked else b""
@@ -1149,7 +1138,7 @@ class Reply:
     version, method = "HTTP/1.0", ""  # until they are known
     close = True  # the connection, after this answer
     cors: Headers = ()
-    _heartbeat: Callable[[], bytes] | None = None  # what one is, if the answer is frames
+    _heartbeat: Callable[[], bytes] | None = None  # for frames
 
     def __init__(self, server: ProxyServer, connection: socket.socket) -> None:
         self.server, self.connection = server, connection
@@ -1209,8 +1198,8 @@ class Reply:
 
     def write(self, data: bytes) -> None:
         """Write bytes. Raises ClientGone."""
-        # With a timeout, each send() would poll first, so only a slow reader gets one; for a slice
-        # at a time, because sendall() counts it for all of the bytes.
+        # With a timeout, each send() would poll first, so only a slow reader gets one, for each
+        # slice: sendall() counts it for all of the bytes.
         view = memoryview(data)
         try:
             while view:
@@ -1239,10 +1228,10 @@ class Reply:
         elif self._heartbeat:  # the frames before the error were good
             self.pending.append(sse_event(error.body()))
             self.flush(last=True)
-        else:  # Ollama's own formats have no room for an error; a missing end shows the cut
+        else:  # Ollama's formats have no room for an error; a missing end shows the cut
             self.flush()
             self.close = True
-            if self.version == "HTTP/1.0":  # where the end of the connection is the end: reset it
+            if self.version == "HTTP/1.0":  # where a plain close is a good end: reset
                 option = socket.SO_LINGER, struct.pack("ii", 1, 0)
                 self.connection.setsockopt(socket.SOL_SOCKET, *option)
 
@@ -1272,13 +1261,13 @@ PASSED_HEADERS = ("Content-Type", "Content-Encoding", "Accept", "anthropic-versi
 
 
 class Exchange(Reply):
-    """One request and its answer: a method for each route, and what they share."""
+    """One request and its answer: a method for each route."""
     server: ProxyServer
     headers: HTTPMessage
     body, unread, route, model_id = b"", True, "none", ""
 
     def admit(self, target: str) -> Callable[[Exchange], None]:
-        """Return the route, if the Host, Origin and key are right, or raise ProxyError."""
+        """Return the route, if Host, Origin and key are right, or raise ProxyError."""
         method, headers, gate = self.method, self.headers, self.server.gate
         path, mark, query = target.partition("?")
         for key in ROUTES:
@@ -1308,7 +1297,7 @@ class Exchange(Reply):
                          f"{self.base_url}, Anthropic's the same without /v1", code="no_route")
 
     def root(self) -> None:
-        """GET /: the page for browsers, a line of text for the rest (such as `ollama`)."""
+        """GET /: the page for browsers, a line of text for others (such as `ollama`)."""
         if "text/html" in self.headers.get("Accept", ""):
             return self.send(200, PAGE.encode(), "text/html; charset=utf-8", PAGE_HEADERS)
         self.send_text(f"ndjson_sse_proxy {__version__}: base_url is {self.base_url}\n")
@@ -1318,7 +1307,7 @@ class Exchange(Reply):
         self.send(200, text.encode(), "text/plain; charset=utf-8")
 
     def preflight(self) -> None:
-        """OPTIONS: what a browser asks before it lets a page send more than a simple request."""
+        """OPTIONS: what a browser asks before it lets a page call the proxy."""
         wanted = self.headers.get("Access-Control-Request-Headers", "")
         self.send(200, b"", headers=[("Access-Control-Allow-Methods", "GET, POST, OPTIONS"),
                                      ("Access-Control-Allow-Headers", wanted)])
@@ -1394,7 +1383,7 @@ class Exchange(Reply):
             yield line
 
     def passthrough(self) -> None:
-        """Ollama's own formats, byte for byte; on request, each line of NDJSON as a frame."""
+        """Ollama's own formats, byte for byte, or on request each line as a frame."""
         headers = {name: self.headers[name] for name in PASSED_HEADERS if name in self.headers}
         body = self.shaped_body() if self.method == "POST" else None
         framed = SSE in self.headers.get("Accept", "") and self.route.startswith("/api/")
@@ -1411,7 +1400,8 @@ class Exchange(Reply):
                 pieces = raw_frames(pieces)
             else:
                 self.start(response.status, response.getheader("Content-Type", ""),
-                           response.length, retry_after(response))
+                           response.length,
+                           [("Retry-After", response.getheader("Retry-After", ""))])
             for piece in pieces:
                 self.pending.append(piece)
             self.flush(last=True)
@@ -1426,7 +1416,7 @@ class Exchange(Reply):
             raise ProxyError(400, f"the body is not a JSON object: {error}") from None
 
     def shape(self, body: Json) -> Json:
-        """Return the body as hook, aliases and defaults want it; log the original model."""
+        """Return the body as hook, aliases and defaults want it; note the model."""
         if isinstance(body.get("model"), str):
             self.record["model"] = body["model"][:MAX_NAME]
         return self.server.shaper.shape(self.route, body, self.record["caller"])
@@ -1480,7 +1470,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
         reader = PatientReader(self.connection, self.rfile, self)
-        self.rfile = io.BufferedReader(reader, 2048)  # a small buffer, for thousands of clients
+        self.rfile = io.BufferedReader(reader, 2048)  # small: there may be many clients
 
     def before(self) -> None:
         """Wait for bytes until a deadline, or slow clients could hold threads."""
@@ -1548,7 +1538,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         route(exchange)
 
     def linger(self) -> None:
-        """Read on for a moment: closing with unread bytes is a reset, which hides the answer."""
+        """Read on for a moment: closing with unread bytes would be a reset."""
         self.deadline = time.monotonic() + LINGER_SECONDS
         with suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
             self.connection.shutdown(socket.SHUT_WR)
@@ -1605,7 +1595,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Close connections that are far too many; some above the limit still get a 503."""
+        """Close connections that are far too many. Some above the limit still get a 503."""
         return bool(len(self.connections) <= self.settings.max_connections + MAX_EXTRA)
 
     def shutdown_request(self, request: Any) -> None:
@@ -1633,8 +1623,8 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return whole
 
 
-# ---- 10. Demo: a scripted Ollama -----------------------------------------------------------------
-# For a first look without Ollama. The proxy talks to it over a real socket, like to any other.
+# ---- 10. Demo: a scripted Ollama ----
+# For a first look without Ollama, over a real socket.
 
 DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages that it streams
     "demo-text": [{"content": word} for word in re.findall(r"\s*\S+", (
@@ -1690,9 +1680,9 @@ def start_demo() -> str:
     return f"http://127.0.0.1:{server.server_port}"
 
 
-# ---- 11. The page: what a browser gets at / ----------------------------------------------------
-# It asks for a trace (?trace=1): comments with the request sent to Ollama and, before the frames
-# that it became, each line of NDJSON. It shows the two side by side.
+# ---- 11. The page: what a browser gets at / ----
+# It asks for a trace (?trace=1): comments with the request sent to Ollama and, before its frames,
+# each line of NDJSON.
 
 PAGE = r"""<!DOCTYPE html><html lang="en"><meta charset="utf-8"><title>ndjson_sse_proxy</title>
 <meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">
@@ -1809,7 +1799,7 @@ PAGE_HEADERS = [("Content-Security-Policy", (
     ("Cache-Control", "no-cache"), ("Vary", "Accept")]
 
 
-# ---- 12. Run: command line, signals --------------------------------------------------------------
+# ---- 12. Run: command line, signals ----
 
 
 def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
@@ -1879,7 +1869,7 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
 
 
 class CommandLine(argparse.ArgumentParser):
-    """argparse, but a mistake is one line."""
+    """argparse, with a mistake in one line."""
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"ndjson_sse_proxy: {message.replace('argument --', '--')} (try --help)\n")
 
@@ -1957,16 +1947,15 @@ def main() -> int:
 def announce(server: ProxyServer) -> None:
     """Say how the proxy is set up, and whether Ollama answers."""
     settings, gate, count = server.settings, server.gate, len(server.gate.owners)
-    say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser; "
-        f"base_url for clients: {server.url}/v1)")
-    callers = ("anyone whom the authenticate hook accepts" if gate.hook else
+    say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser); "
+        f"base_url: {server.url}/v1")
+    callers = ("anyone whom the hook accepts" if gate.hook else
                f"anyone with a key ({count} key{'s' * (count != 1)})" if gate.has_keys else
                "anyone who can reach it" if settings.insecure else "anyone on this machine")
     say(f"upstream: {'demo' if settings.demo else settings.upstream.geturl()}; callers: {callers}; "
         f"hooks: {', '.join(server.hooks) or 'none'}")
     if "num_ctx" in dict(settings.option):
-        say("note: Ollama's own /v1 routes ignore num_ctx, and a model is reloaded if it changes; "
-            "OLLAMA_CONTEXT_LENGTH, set for Ollama, applies everywhere")
+        say("note: Ollama's own /v1 routes ignore num_ctx; set OLLAMA_CONTEXT_LENGTH for Ollama")
     try:  # a wrong URL should show before the first client comes
         server.upstream.connect().close()
     except ProxyError as error:
@@ -1974,7 +1963,7 @@ def announce(server: ProxyServer) -> None:
 
 
 def serve(server: ProxyServer) -> int:
-    """Serve until a signal, then let running requests end. A second signal ends them at once."""
+    """Serve until a signal, then let requests end. A second signal ends them at once."""
     signals: list[int] = []  # not an Event: a handler may interrupt its lock's owner
 
     def note(number: int, frame: Any) -> None:

@@ -1342,7 +1342,8 @@ def test_shape_hook_changes_the_body_on_every_route(start, hooks):
     *[f"ProxyError(429, 'x', headers={headers})" for headers in (
         "{'Retry-After': '1'}", "['Retry-After: 1']", "[('X', '\\u20ac')]", "5")],
     *[f"ProxyError({values})" for values in (
-        "99, 'x'", "200, 'x'", "'429', 'x'", "429, float('nan')", "429, 'x', code={1}", "429, 'x', param={1}", "")],
+        "99, 'x'", "200, 'x'", "'429', 'x'", "429, float('nan')", "429, 'x', code={1}",
+        "429, 'x', param={1}", "")],
     "type('Empty', (ProxyError,), {'__init__': lambda self: None})()", "SystemExit(3)", "GeneratorExit()",
     "StopIteration()", "socket.timeout('x')", "ConnectionResetError()", "PermissionError(13, '', '/secret')",
     "ValueError('\\r\\n\\x85\\u2028\\x0b\\x1b\\n'.join(['{\"status\":200}'] * 2))"])
@@ -1975,7 +1976,8 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     ("--demo --upstream box", "--demo and --upstream"), ("--hooks /dev/null", "none of authenticate"),
     ("--api-key sk-0123456789 sk-9876543210", "belongs to no flag"),
     ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "perhaps"),
-    ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "--api-key"), ("--hooks ", "is empty"),
+    ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "--api-key"),
+    ("--hooks ", "is empty"),
     ("NDJSON_SSE_PROXY_LISTNE=x", "--listne"), ("OLLAMA_HOST=a b", "a b"),
     ("OLLAMA_API_KEY=a\nb", "OLLAMA_API_KEY")])
 def test_mistake_in_a_flag_or_variable_is_one_line_that_shows_no_key(arguments, text):

@@ -14,12 +14,12 @@ fault of Ollama, takes a test of at most five lines. These two run with the othe
         server, fake = start(HEAD + chunk(says("Hel")), RESET)
         assert_failed(chat(server), code="upstream_cut")
 """
+import argparse
 import contextlib
 import doctest
 import functools
 import gc
 import http.client
-import io
 import json
 import os
 import queue
@@ -30,7 +30,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import ssl
 import struct
 import subprocess
 import sys
@@ -42,8 +41,7 @@ from unittest import mock
 import pytest
 
 import ndjson_sse_proxy as proxy_module
-from ndjson_sse_proxy import (ChatStream, ProxyError, ProxyServer, parse_url, read_settings, sse_event,
-                              start_demo, to_ollama_chat, translate, whole_answer)
+from ndjson_sse_proxy import ProxyError, ProxyServer, parse_url, read_settings, start_demo, to_ollama_chat
 
 HERE = Path(__file__).parent
 PROGRAM = HERE / "ndjson_sse_proxy.py"
@@ -279,6 +277,9 @@ class Answer:
 
     def chunks(self):
         return [json.loads(data) for data in self.events() if data != "[DONE]"]
+
+    def deltas(self, name="content"):
+        return "".join(c["delta"].get(name, "") for chunk in self.chunks() for c in chunk.get("choices", []))
 
     def deltas(self, name="content"):
         return "".join(c["delta"].get(name, "") for chunk in self.chunks() for c in chunk.get("choices", []))
@@ -2107,3 +2108,254 @@ def test_readme_nginx_passes_frames_one_by_one_and_hang_ups_on(start, tmp_path):
             client.ask()
             poll(lambda: fake.requests.qsize() == 2)
         assert fake.left.wait(DEADLINE)
+
+
+# ---- Compare: the same questions to Ollama's /v1 and to the proxy ------------------------------
+# `python test_proxy.py compare` starts a proxy in front of an Ollama and asks both the questions of
+# compare_table(). Nothing that it checks depends on the words that a model chooses.
+
+CITY = {"type": "object", "properties": {"city": {"enum": ["Paris", "London"]}}, "required": ["city"]}
+FITS = re.compile(r'\s*\{\s*"city"\s*:\s*"(Paris|London)"[^{}]*\}\s*')
+
+
+def ask_url(url, path="/v1/chat/completions", method="POST", read=Answer, headers=(), **fields):
+    """Send a request; a field that is None is not sent. Raises ProxyError for an error, in short."""
+    body = json.dumps({name: value for name, value in fields.items() if value is not None})
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    with contextlib.closing(kind(url.hostname, url.port, timeout=600)) as connection:  # models load slowly
+        connection.request(method, url.path + path, body if method == "POST" else None, dict(headers))
+        with contextlib.closing(connection.getresponse()) as response:
+            if response.status == 200:
+                return read(response)
+            error = Answer(response).json()["error"]
+    error = {"code": error, "message": ""} if isinstance(error, str) else error  # Ollama's own API
+    words = [f"{response.status} {error['code'] or error['param'] or ''}".strip()]
+    words += [text for text in ("ollama pull", "num_ctx") if text in error["message"]]
+    raise ProxyError(response.status, ", ".join(words))
+
+
+def text_of(message):  # or of a delta, thoughts included, in either API
+    return "".join(message.get(name) or "" for name in ("reasoning", "thinking", "content"))
+
+
+def facts(answer):
+    """What can be seen in a whole answer, by the names that compare_table() uses."""
+    whole, ignored = answer.json(), answer.headers.get("X-Ignored-Fields")
+    choice, tokens = whole["choices"][0], whole["usage"]["completion_tokens"]
+    message, text, reason = choice["message"], text_of(choice["message"]), choice["finish_reason"]
+    calls, logprobs = message.get("tool_calls") or [], (choice.get("logprobs") or {}).get("content")
+    thoughts = [name for name in ("reasoning", "reasoning_content") if message.get(name)]
+    called = ", ".join(call["function"]["name"] for call in calls)
+    right = reason == "tool_calls" and len({call["id"] for call in calls}) == len(calls) and all(
+        FITS.fullmatch(call["function"]["arguments"]) for call in calls)
+    return {
+        "text": text, "choices": f"200, {len(whole['choices'])} choice", "cut": "200, silently cut",
+        "stop": "goes on" if re.search(r"\s", text) else "stops there",
+        "length": f"{tokens} tokens, {reason}" if tokens <= 3 else "more than 3 tokens",
+        "fields": (" and ".join(thoughts) or "200") + (f", ignored {ignored}" if ignored else ""),
+        "logprobs": f"{len(logprobs[0]['top_logprobs'])} per token" if logprobs else "none",
+        "schema": "fits" if FITS.fullmatch(message["content"] or "") else "does not fit",
+        "calls": called if right else f"faulty: {called}" if calls else "no calls"}
+
+
+def look_at_frames(answer, again):
+    """The parts of a stream. The role belongs at the start and is shown only elsewhere."""
+    seen, (*frames, end, _) = [], ("\n\n" + answer.body.decode()).split("\n\n")
+    for chunk in (json.loads(frame[len("data: "):]) for frame in frames[1:]):
+        choice, raw = (chunk.get("choices") or [{"delta": {}}])[0], "done" in chunk
+        parts = {"role": choice["delta"].get("role"), "text": text_of(choice["delta"]),
+                 "finish": choice.get("finish_reason"), "usage": chunk.get("usage"), "frames": raw}
+        seen += [name for name, value in parts.items() if value and seen[-1:] != [name]]
+    return ", ".join([*seen[seen[:1] == ["role"]:], end[len("data: "):] or "NDJSON"])
+
+
+def look_at_sampling(answer, again):
+    """Compare with /api/chat, which samples as the Modelfile says. again() asks the same side once more."""
+    native = {"path": "/api/chat", "stream": False, "think": False, "options": {"seed": 7, "num_predict": 20}}
+    one, other = (text_of(again(**native).json()["message"]) for _ in range(2))
+    how = "same text as" if facts(answer)["text"] == facts(again())["text"] == one else "other text than"
+    return f"{how} /api/chat" if one == other else "can't be repeated"
+
+
+def look_at_hang_up(answer, again):
+    again(stream=True, max_tokens=2000, read=http.client.HTTPResponse.readline)
+    hung_up = time.monotonic()
+    again()
+    return "answers at once" if time.monotonic() - hung_up < 20 else "is busy"  # seconds, for one token
+
+
+def look_at_context(answer, again):
+    """The context that the model was loaded with, in tokens, or 0 if /api/ps does not say."""
+    name, models = answer.json()["model"], again(path="/api/ps", method="GET").json()["models"]
+    return sum(each.get("context_length", 0) for each in models if each["name"] in (name, name + ":latest"))
+
+
+def compare_table(model, can, context):
+    """Rows: the question, the request's fields (or why it is not asked), what to look at, and a pattern of
+    what the proxy promises to show. {v1} is what Ollama's /v1 shows."""
+    def user(text="Count from 1 to 2000.", **fields):
+        return {"model": model, "messages": [{"role": "user", "content": text}], "max_tokens": 20,
+                "temperature": 0, "reasoning_effort": "none" if "thinking" in can else None, **fields}
+    tools = functools.partial(user, "What is the weather in Paris and in London?", max_tokens=300, tools=[
+        {"type": "function", "function": {"name": name, "parameters": CITY}} for name in ("weather", "time")])
+    named = tools(tool_choice={"type": "function", "function": {"name": "time"}})
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+    story = user("Tell me a story.", seed=7, temperature=None)
+    stream = user(stream=True, stream_options={"include_usage": True})
+    raw = user(path="/api/chat", headers={"Accept": "text/event-stream"}, options={"num_predict": 20})
+    long = user("word " * context * 2) if 0 < context <= 32768 else "context too long"
+    half = user(options={"num_ctx": context // 2}) if context else "context unknown"
+    think = "(reasoning and reasoning_content|200)" if "thinking" in can else "200, ignored reasoning_effort"
+    return [
+        ("text, streamed", stream, look_at_frames, r"(text, )?finish, usage, \[DONE\]"),
+        ("text, whole, stop=' '", user(stop=[" ", "\n"]), "stop", "stops there"),
+        ("max_completion_tokens=3", user(max_completion_tokens=3), "length", "[0-3] tokens, .*"),
+        ("seed twice, no temperature", story, look_at_sampling, "same text as /api/chat|can't be .*"),
+        ("top_logprobs=2", user(logprobs=True, top_logprobs=2), "logprobs", "2 per token|{v1}"),
+        ("reasoning_effort=high", user(reasoning_effort="high"), "fields", think),
+        ("a JSON schema", user(max_tokens=300, response_format=schema), "schema", "fits|{v1}"),
+        ("tool_choice=auto", tools(), "calls", "no calls|[wt].*|{v1}"),
+        ("tool_choice=none", tools(tool_choice="none"), "calls", "no calls"),
+        ("tool_choice=required", tools(tool_choice="required"), "calls", "weather|time"),
+        ("tool_choice names time", named, "calls", "time"),
+        ("parallel_tool_calls=false", tools(parallel_tool_calls=False), "calls", "no calls|(faulty: )?[^,]+"),
+        ("n=2", user(n=2), "choices", "400 n"),
+        ("a field named color", user(color="red"), "fields", "200, ignored color"),
+        ("temperature is a string", user(temperature="0"), "fields", "400 temperature"),
+        ("a missing model", user(model="missing"), "fields", "404 model_not_found, ollama pull"),
+        ("a hang-up, then a question", user(max_tokens=1), look_at_hang_up, "answers at once"),
+        ("/api/chat as event stream", raw, look_at_frames, r"frames, \[DONE\]"),
+        ("more than the context holds", long, "cut", "400 context_length_exceeded, num_ctx"),
+        (f"num_ctx={context // 2} (reloads)", half, look_at_context, str(context // 2))]
+
+
+def compare_rows(urls, table, can):
+    """Ask every question; yield what each side shows, and the verdict."""
+    def see(url, fields, look):
+        again = functools.partial(ask_url, url, **fields)
+        try:
+            answer = again()
+            return str(look(answer, again)) if callable(look) else facts(answer)[look]
+        except Exception as error:  # noqa: BLE001  answers can be wrong in any way
+            return str(error) if isinstance(error, ProxyError) else f"failed: {error!r}"
+    for number, (question, fields, look, promise) in enumerate(table, 1):
+        print(f"{number}/{len(table)} {question}", file=sys.stderr, flush=True)
+        why = fields if isinstance(fields, str) else "no tools" if {"tools"} & set(fields) - set(can) else ""
+        v1, own = (f"skipped: {why}" if why else see(url, fields, look) for url in urls)
+        held = re.fullmatch(promise.replace("{v1}", re.escape(v1)), own)
+        verdict = "skipped" if why else "BROKEN" if not held else "same" if v1 == own else "differs"
+        yield {"question": question, "v1": v1, "proxy": own, "verdict": verdict, "promise": promise}
+
+
+def compare(argv):
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="test_proxy.py", description="Ask Ollama and the proxy the same.")
+    parser.add_argument("command", choices=["compare"])
+    parser.add_argument("--upstream", default=os.environ.get("OLLAMA_HOST") or "127.0.0.1", metavar="URL")
+    parser.add_argument("--model", metavar="NAME", help="(default: the first one that can chat)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    arguments = parser.parse_args(argv)
+    settings = make_settings(arguments.upstream)
+    ask = functools.partial(ask_url, settings.upstream)
+    try:
+        version, tags = ask("/api/version", "GET").json()["version"], ask("/api/tags", "GET").json()
+        names = [arguments.model] if arguments.model else [each["name"] for each in tags["models"]]
+        model = next((name for name in names if "completion" in (
+            can := ask("/api/show", model=name).json().get("capabilities", ["completion"]))), None)
+        if not model:
+            raise LookupError("no model that can chat; run `ollama pull NAME` on its machine")
+        print(f"loading {model}", file=sys.stderr, flush=True)
+        context = look_at_context(ask("/api/chat", model=model, stream=False), ask)
+    except Exception as error:  # noqa: BLE001  there may be anything at that URL
+        print(f"compare: can't ask Ollama at {settings.upstream.geturl()}: {error}", file=sys.stderr)
+        return 2
+    with mock.patch.object(proxy_module, "say"), ProxyServer(settings) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        urls = settings.upstream, parse_url(f"127.0.0.1:{server.server_port}")
+        rows = list(compare_rows(urls, compare_table(model, can, context), can))
+        server.shutdown()
+    verdicts, differ = [row["verdict"] for row in rows], sum(row["v1"] != row["proxy"] for row in rows)
+    asked, broken = len(rows) - verdicts.count("skipped"), verdicts.count("BROKEN")
+    result = {"ollama": version, "model": model, "asked": asked, "differ": differ, "held": asked - broken}
+    if arguments.json:
+        print(json.dumps({**result, "rows": rows}))
+    else:
+        layout = "| {:27.27} | {:27.27} | {:36.36} | {:7} |".format
+        print(layout("The client sends", "Ollama's /v1", "This proxy", ""), "|---|---|---|---|", sep="\n")
+        print(*(layout(*row.values()) for row in rows), sep="\n")
+        print("Ollama {ollama}, {model}: {differ} of {asked} answers differ; {held} of {asked} promises held"
+              .format(**result))
+    return int(broken > 0)
+
+
+class ScriptedOllama(FakeOllama):
+    """An Ollama with a model that can't think. Its /v1 ignores what a real one's ignored."""
+
+    names, can, context, loaded, paris = ["m:latest"], ["completion", "tools"], 4096, 0, {"city": "Paris"}
+    steps = property(lambda self: self.script(*self.requests.get()), lambda self, steps: None)
+
+    def script(self, line, headers, data):
+        path, body = line.split()[1], json.loads(data or "{}")
+        v1, options = path.startswith("/v1"), body.get("options", {})
+        if v1:
+            options = {"temperature": 1.0, **body, "num_predict": body["max_tokens"]}
+        errors = {"404 model 'missing' not found": body.get("model") == "missing",
+                  '400 "m" does not support thinking': body.get("think") or v1 and "reasoning_effort" in body,
+                  "400 json: cannot unmarshal string": isinstance(options.get("temperature"), str),
+                  "400 input length exceeds the context length": not body.get("truncate", 1) and (
+                      len(data) > 6 * self.context)}
+        status, _, error = next((text for text, found in errors.items() if found), "200 ").partition(" ")
+        count, schema = options.get("num_predict", 20), str(body.get("response_format" if v1 else "format"))
+        name = re.search("'const': '(.*?)'", schema)  # of the function, in a forced call
+        text = f"{options.get('temperature', 0.8)},{options.get('seed')}{' says m' * ('stop' not in options)}"
+        if "city" in schema:
+            text = json.dumps({"name": name[1], "arguments": self.paris} if name else self.paris)
+        places = [self.paris, {"city": "London"}] if "tools" in body else []
+        message = {"role": "assistant", "content": text, "tool_calls": [{"id": where["city"], "function": {
+            "name": "weather", "arguments": json.dumps(where) if v1 else where}} for where in places]}
+        tokens = [{"token": "0", "logprob": 0, "top_logprobs": [{}, {}]}] if "logprobs" in body else []
+        models = [{"name": name, "context_length": self.loaded} for name in self.names]
+        self.loaded = options.get("num_ctx", self.context)
+        if error:
+            answers = [{"error": {"message": error, "code": None, "param": None} if v1 else error}]
+        elif v1:
+            choice = {"message": message, "delta": message, "logprobs": {"content": tokens}}
+            choice["finish_reason"] = "tool_calls" if places else "stop"
+            answers = [{"model": "m", "usage": {"completion_tokens": count}, "choices": [choice]}]
+        elif path == "/api/chat":
+            last = {"done": True, "done_reason": ["stop", "length"][count < 20], "eval_count": count}
+            first = {"model": "m", "done": False, "message": message, "logprobs": tokens}
+            answers = [{**first, **last}] if body.get("stream") is False else [first, {**last, "message": {}}]
+        else:
+            answers = [{"version": "0.0.0", "capabilities": self.can, "models": models, "done": True}]
+        form = b"data: %b\n\ndata: [DONE]\n\n" if v1 and body.get("stream") else b"%b\n"
+        first, *rest = [chunk(form % json.dumps(answer).encode()) for answer in answers]
+        rest = [HOLD] if count == 2000 else [*rest, b"0\r\n\r\n"]
+        return [HEAD.replace(b"200 OK", status.encode() + b" x"), first, *rest]
+
+
+@pytest.mark.parametrize("ollama, settings, arguments, status, text", [
+    ({}, {}, [], 0, "Ollama 0.0.0, m:latest: 14 of 20 answers differ; 20 of 20 promises held"),
+    ({}, {"allow_truncation": True}, ["--json"], 1, '"asked": 20, "differ": 13, "held": 19, "rows": [{"qu'),
+    ({"can": ["completion"], "context": 1 << 20}, {}, ["--model", "m"], 0, " of 14 answers differ; 14 of 14"),
+    ({"can": ["embedding"]}, {}, [], 2, "no model that can chat"),
+    ({}, {}, ["--model", "missing"], 2, "model 'missing' not found"),
+    ({}, {}, ["--upstream", "127.0.0.1:1"], 2, "http://127.0.0.1:1: ")], ids=str)
+def test_compare_status_says_if_promises_held(ollama, settings, arguments, status, text, monkeypatch, capsys):
+    monkeypatch.setitem(globals(), "make_settings", functools.partial(make_settings, **settings))
+    with contextlib.closing(ScriptedOllama()) as fake:
+        vars(fake).update(ollama)
+        assert compare(["compare", "--upstream", fake.url, *arguments]) == status
+    out, err = capsys.readouterr()
+    assert text in (out if status < 2 else err)
+    assert status < 2 or len(err.splitlines()) == 1 and not out
+
+
+def test_compare_as_a_program_prints_the_table_in_readme():
+    with contextlib.closing(ScriptedOllama()) as fake:
+        table = subprocess.check_output([sys.executable, __file__, "compare", "--upstream", fake.url])
+    assert set(table.decode().splitlines()[:-1]) <= set((HERE / "README.md").read_text("utf-8").splitlines())
+
+
+if __name__ == "__main__":
+    sys.exit(compare(sys.argv[1:]))

@@ -281,14 +281,6 @@ class Answer:
     def deltas(self, name="content"):
         return "".join(c["delta"].get(name, "") for chunk in self.chunks() for c in chunk.get("choices", []))
 
-    def deltas(self, name="content"):
-        return "".join(c["delta"].get(name, "") for chunk in self.chunks() for c in chunk.get("choices", []))
-
-    def folded(self):
-        """The choices of the whole answer that the stream adds up to."""
-        choices = (choice for chunk in self.chunks() for choice in chunk["choices"])
-        return whole_answer(ChatStream("m", "x", 0), choices)["choices"]
-
     def text(self):
         """What a client would show, streamed or whole."""
         if "event-stream" in self.headers["Content-Type"]:

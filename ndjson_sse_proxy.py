@@ -24,8 +24,8 @@ How a request flows:
 Each connection has one thread, the only one that writes to its client. A translated stream ends
 with a finish_reason and `[DONE]`, or with an error frame. A cut answer never looks complete.
 
-Read from the top. Section 4 ends with the whole idea, `raw_frames`; the rest is what real clients
-need on top. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
+Read from the top, but skip section 2 at first. Section 4 ends with the whole idea, `raw_frames`;
+the rest is for real clients. To watch the proxy work, open http://127.0.0.1:11435/ in a browser.
 
 It stores nothing, limits no rates, and fetches nothing but Ollama's answers. It asks Ollama twice
 only for a model that can't think, and adds to a prompt only to force a tool call.
@@ -61,7 +61,7 @@ from functools import partial
 from http.client import HTTPMessage, HTTPResponse
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # for annotations, which never run
+if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import NoReturn
 
@@ -73,7 +73,7 @@ if TYPE_CHECKING:  # for annotations, which never run
 __version__ = "0.2.0"
 
 # ---- 1. Limits ----
-# Every buffer has a limit and every wait an end, or one client could take it all.
+# Every buffer has a limit and every wait an end, so no client can take it all.
 
 MAX_LINE_BYTES = 4 << 20  # a tool call may carry a whole file
 MAX_BODY_BYTES = 32 << 20  # a long chat with pictures, or a whole answer
@@ -81,7 +81,7 @@ MAX_HEAD_BYTES = 64 << 10  # browsers send a few KiB
 MAX_HEADERS = 100  # the same limit as http.client's
 MAX_IGNORED_NAMES = 20  # in a header; some clients read 8 KiB at most
 MAX_NAME = 100  # of a model or field, in a header or the log
-MAX_EXTRA = 64  # connections too many that still get a 503
+MAX_EXTRA = 64  # connections over the limit that get a 503
 TAIL_BYTES = 4096  # searched for token counts, which come last
 SLICE_BYTES = 64 << 10  # each has its own timeout, so slow readers survive
 CONNECT_SECONDS = 10.0  # to connect to Ollama, which is near
@@ -158,7 +158,7 @@ UPSTREAM_ERRORS = [
 
 
 def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) -> ProxyError:
-    """Return what Ollama said of a failure (a text, JSON in a text, or an object) as a ProxyError.
+    """Return what Ollama said about a failure (text, JSON in text, or an object) as a ProxyError.
 
     `wanted` comes from to_ollama_chat(), for advice that fits the request."""
     with suppress(ValueError, AttributeError):  # when it is a text at last
@@ -180,7 +180,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
 
 
 # ---- 3. NDJSON in: lines to records ----
-# Only the record with "done": true completes an answer: even after a cut, HTTP can end well.
+# Only the record with "done": true completes an answer: HTTP can end well even after a cut.
 
 
 def parse_object(data: bytes | str) -> Json:
@@ -224,17 +224,18 @@ def records(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Json]]:
 
 
 # ---- 4. SSE out: values to frames ----
-# A frame is one or more `data:` lines and a blank line. JSON takes one: newlines are \n in it.
+# A frame is one or more `data:` lines and a blank line. JSON needs one: its newlines are \n.
 
 JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-# JSON and SSE allow these, but readers like httpx's iter_lines() see line ends.
+# JSON and SSE allow these, but httpx's iter_lines() and others split there.
 LINE_ENDS = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
 def to_json(value: Any) -> str:
     """Return compact JSON. Raises ProxyError 400 if that is impossible."""
     try:
-        return JSON_ENCODER.encode(value).translate(LINE_ENDS)
+        text = JSON_ENCODER.encode(value)
+        return text if text.isascii() else text.translate(LINE_ENDS)
     except (RecursionError, ValueError):
         raise ProxyError(400, "the JSON is nested too deeply, or has NaN or Infinity") from None
 
@@ -283,7 +284,7 @@ def choice(delta: Json, finish_reason: str | None = None) -> Json:
     return {"index": 0, "delta": delta, "finish_reason": finish_reason}
 
 
-OPENING = choice({"role": "assistant", "content": ""})  # comes first, and only once
+OPENING = choice({"role": "assistant", "content": ""})  # comes first, once
 
 
 class ChatStream:
@@ -322,7 +323,7 @@ class ChatStream:
         return choices + [choice({}, reason)] if reason else choices
 
     def heartbeat(self) -> bytes:
-        """Return a frame for a silence: a chunk, as some clients give up at a comment."""
+        """Return a frame for a silence: a chunk, as some clients fail on comments."""
         opened, self._opened = self._opened, True
         return self.frame(choice({}) if opened else OPENING)
 
@@ -373,7 +374,7 @@ class ChatStream:
             except ValueError:  # it was cut, and stays text
                 deltas.append({"content": text})
                 reason = "length"
-        # Old versions give none; load and unload answer a chat without messages.
+        # Old versions give none; chats without messages give load or unload.
         return "length" if reason == "length" else "tool_calls" if self._call_ids else "stop"
 
 
@@ -417,7 +418,7 @@ IMAGE_URL = re.compile("data:image/(?:png|jpe?g|webp|gif);base64,([A-Za-z0-9+/]+
 
 def expect(value: Any, types: str, param: str) -> Any:
     """Return the value if it has one of the JSON types ("integer or string"), else raise a 400."""
-    for name in types.split(" or "):  # True is an int in Python
+    for name in types.split(" or "):  # True is an int, too
         if isinstance(value, JSON_TYPES[name]) and (
                 not isinstance(value, bool) or name in ("boolean", "any")):
             return value
@@ -650,13 +651,13 @@ def to_ollama_chat(body: Json, truncate: bool = False) -> tuple[Json, Json, list
         ignored = map_fields(CHAT_FIELDS, body, native)
         wanted = native.pop("wanted")
         native["messages"] = to_native_messages(native["messages"], ignored)
-        wanted["schema"] = "format" if body.get("format") else "response_format"
-        format = native.get("format")
+        field = wanted["schema"] = "format" if body.get("format") else "response_format"
+        schema = native.get("format")
         choose_tools(native, wanted.pop("tool_choice", "auto"), wanted)
     except RecursionError:
         raise ProxyError(400, "the body is nested too deeply") from None
-    if format and "forced" in wanted:  # only one schema can be obeyed
-        ignored.append("response_format")
+    if schema and "forced" in wanted:  # only one schema can be obeyed
+        ignored.append(field)
     if "effort" in wanted:
         native["think"] = wanted["effort"]
     if isinstance(native["options"].get("stop"), str):
@@ -797,7 +798,7 @@ def end_mark(kind: str, line: bytes) -> str:
     if kind == NDJSON and (b"true" in line or b'"error"' in line):  # parsing is slow
         with suppress(ValueError):
             record = parse_object(line)
-            return "error" if "error" in record else "done" * (record.get("done") is True)
+            return "error" if "error" in record else "done" if record.get("done") is True else ""
     return ""
 
 
@@ -832,13 +833,14 @@ def watched(response: HTTPResponse, record: Json, started: float, lines: bool) -
         elif len(rest) > MAX_BODY_BYTES:
             raise broken_upstream(f"a line longer than {MAX_BODY_BYTES} bytes")
         yield piece
-    see(bytes(rest or b" "))
+    if rest:  # a last line without a newline
+        see(bytes(rest))
     if not ended or response.length or not piece and response.headers["Transfer-Encoding"]:
         raise cut_upstream("it ended too early")
 
 
 # ---- 8. Authenticate, shape, observe ----
-# Three classes, each with a method that has the name and signature of its hook. A hook replaces
+# Three classes, each with a method of the same name and signature as its hook. A hook replaces
 # authenticate(), runs before shape() and after observe().
 
 
@@ -869,7 +871,7 @@ def load_hooks(path: str | None) -> Json:
     return hooks
 
 
-Mistake = argparse.ArgumentTypeError  # of other errors, argparse shows the value: it may be a key
+Mistake = argparse.ArgumentTypeError  # other errors make argparse print the value, maybe a key
 
 
 def parse_key(line: str) -> tuple[str, str]:
@@ -1074,7 +1076,7 @@ def read_head(first: bytes, readline: Callable[..., bytes]) -> tuple[str, str, s
     for field, value in re.findall(HEADER, head[match.end(3):]):
         name = field.decode()
         if name in headers and name.lower() in ONCE_ONLY:
-            raise ProxyError(400, f"the header {name} is there twice")
+            raise ProxyError(400, f"the header {name} appears twice")
         headers[name] = value.strip().decode("latin-1")
     if version == "HTTP/1.1" and "Host" not in headers:
         raise ProxyError(400, "the Host header is missing")
@@ -1148,18 +1150,19 @@ class Reply:
         self.pending: list[bytes] = []  # frames or pieces of the body
 
     def before(self) -> None:
-        """Send what is pending before a wait. Raises ProxyError 503 to stop."""
+        """Send what is pending before a wait."""
         self.flush()
-        self._deadline = time.monotonic() + (self.server.settings.idle_timeout or float("inf"))
-        if self.server.stopping:
-            raise ProxyError(503, "the proxy stopped before the end", code="proxy_stopped")
+        now = time.monotonic()
+        self._deadline = now + (self.server.settings.idle_timeout or float("inf"))
+        if self.server.stopping or now - self._sent_at > TICK_SECONDS:
+            self.silence()  # while Ollama talks, but there is nothing to send yet
 
     def silence(self) -> None:
         """Send a heartbeat if one is due. Raises ClientGone, and ProxyError 503 or 504."""
         if has_hung_up(self.connection):
             raise ClientGone
         if self.server.stopping:
-            self.before()  # which raises
+            raise ProxyError(503, "the proxy stopped before the end", code="proxy_stopped")
         if time.monotonic() > self._deadline:
             raise ProxyError(504, "Ollama was silent for --idle-timeout", code="upstream_timeout")
         seconds = self.server.settings.heartbeat or float("inf")
@@ -1204,7 +1207,7 @@ class Reply:
         try:
             while view:
                 try:
-                    view = view[self.connection.send(view):]
+                    view = view[self.connection.send(view[:SLICE_BYTES]):]
                 except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                     self.connection.settimeout(CLIENT_SECONDS)
                     view = view[self.connection.send(view[:SLICE_BYTES]):]
@@ -1220,7 +1223,7 @@ class Reply:
         self.flush(last=True)
 
     def fail(self, error: ProxyError) -> None:
-        """Note an error and tell it in the way that is left: a status, a frame, or a cut."""
+        """Note an error and report it in the way left: a status, a frame, or a cut."""
         self.record.update(error=str(error.code or f"status_{error.status}"), detail=error.detail,
                            end="upstream cut" if error.code == "upstream_cut" else "error")
         if self.record["status"] is None:
@@ -1228,7 +1231,7 @@ class Reply:
         elif self._heartbeat:  # the frames before the error were good
             self.pending.append(sse_event(error.body()))
             self.flush(last=True)
-        else:  # Ollama's formats have no room for an error; a missing end shows the cut
+        else:  # the bytes are Ollama's, so add none; a missing end shows the cut
             self.flush()
             self.close = True
             if self.version == "HTTP/1.0":  # where a plain close is a good end: reset
@@ -1275,7 +1278,7 @@ class Exchange(Reply):
             if path == key or rest:
                 self.route, self.model_id = key, urllib.parse.unquote(rest)
         self.query, (scheme, _, own) = mark + query, self.server.url.partition("://")
-        # What an SDK needs, with the name that this client knows us by.
+        # What an SDK needs, under the name this client used.
         self.base_url = f"{scheme}://{headers.get('Host', own)}/v1"
         self.record.update(method=method, route=self.route)
         self.cors = gate.check_site(headers)
@@ -1377,7 +1380,7 @@ class Exchange(Reply):
                 self.record["first_token_seconds"] = round(time.monotonic() - self.started, 4)
             left -= len(line)
             if left < 0:
-                raise broken_upstream("an answer too long to collect; stream it")
+                raise broken_upstream("an answer too long to collect")
             if traced and line.strip():
                 self.pending.append(sse_comment(line.strip()))
             yield line
@@ -1416,7 +1419,7 @@ class Exchange(Reply):
             raise ProxyError(400, f"the body is not a JSON object: {error}") from None
 
     def shape(self, body: Json) -> Json:
-        """Return the body as hook, aliases and defaults want it; note the model."""
+        """Return the body after hook, aliases and defaults; note the model."""
         if isinstance(body.get("model"), str):
             self.record["model"] = body["model"][:MAX_NAME]
         return self.server.shaper.shape(self.route, body, self.record["caller"])
@@ -1430,8 +1433,7 @@ class Exchange(Reply):
             for name in body:  # Ollama reads "Model" as "model", and a hook would not see it
                 if not re.fullmatch("[a-z0-9_]+", name):
                     raise ProxyError(400, f"the name {name[:60]!r} is not in lower case", name[:60])
-            before, after = to_bytes(body), to_bytes(self.shape(body))
-            return self.body if after == before else after
+            return to_bytes(self.shape(body))  # one name may be there twice
         else:
             with suppress(ValueError):
                 self.shape(parse_object(self.body))  # for the log
@@ -1509,12 +1511,12 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             exchange.close = True
             with suppress(ClientGone):
                 exchange.fail(ProxyError(500, "internal error; the proxy's log has the details"))
-        self.server.observer.count({"active_requests": -1})
         exchange.record.update(
             time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), client=self.client_address[0],
             seconds=round(time.monotonic() - exchange.started, 4),
             status=exchange.record["status"] or 499)  # nginx's number for a hang-up
         self.server.observer.observe(exchange.record)
+        self.server.observer.count({"active_requests": -1})
         self.close_connection = exchange.close or self.server.draining
         if exchange.unread and exchange.record["end"] == "error":
             self.linger()
@@ -1538,7 +1540,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         route(exchange)
 
     def linger(self) -> None:
-        """Read on for a moment: closing with unread bytes would be a reset."""
+        """Read on for a moment: closing with unread bytes sends a reset."""
         self.deadline = time.monotonic() + LINGER_SECONDS
         with suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
             self.connection.shutdown(socket.SHUT_WR)
@@ -1559,7 +1561,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         self.shaper = Shaper(settings, self.hooks.get("shape"))
         self.observer = Observer(self.hooks.get("observe"))
         self.upstream = Upstream(settings.upstream, upstream_key)
-        self.draining = self.stopping = False  # no new requests; no more answers either
+        self.draining = self.stopping = False  # no new connections; no more answers
         self.connections: set[Any] = set()  # whose add() and discard() need no lock
         host = str(settings.listen.hostname)
         if not (self.gate.has_keys or self.gate.hook or settings.insecure
@@ -1595,7 +1597,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
         return connection, address
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Close connections that are far too many. Some above the limit still get a 503."""
+        """Close connections far over the limit. Some over it still get a 503."""
         return bool(len(self.connections) <= self.settings.max_connections + MAX_EXTRA)
 
     def shutdown_request(self, request: Any) -> None:
@@ -1831,7 +1833,7 @@ def parse_option(text: str) -> tuple[str, Any]:
     """Read NAME=VALUE for one of Ollama's options; the value is JSON."""
     name, value = parse_pair(text)
     if name not in OPTIONS:
-        raise Mistake(f"Ollama has no option {name!r}")
+        raise Mistake(f"unknown option {name!r}")
     try:
         return name, [value] if name == "stop" else json.loads(value)
     except ValueError:
@@ -1850,12 +1852,12 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
     "listen": ("127.0.0.1:11435", lambda text: parse_url(text.replace("/", " "), 11435),
                "HOST:PORT", "where clients connect; port 0 picks a free one"),
     "upstream": ("127.0.0.1:11434", parse_url, "URL", "where Ollama is; or set $OLLAMA_HOST"),
-    "demo": (False, bool, "", "answer from scripts, without Ollama"),
+    "demo": (False, bool, "", "scripted answers, without Ollama"),
     "api-key": ([], parse_key, "[NAME:]KEY", "key for callers; the list of processes may show it"),
     "api-key-file": (None, str, "FILE", "file with keys for callers, one per line"),
     "insecure": (False, bool, "", "allow other machines without keys"),
     "tls-cert": (None, str, "FILE", "serve HTTPS with this certificate (PEM)"),
-    "tls-key": (None, str, "FILE", "its private key, if in a file of its own"),
+    "tls-key": (None, str, "FILE", "its private key, if in a separate file"),
     "alias": ([], parse_pair, "NAME=MODEL", "another name for a model"),
     "option": ([], parse_option, "NAME=VALUE", "default for an Ollama option (num_ctx=16384)"),
     "keep-alive": (None, lambda text: int(text) if text.lstrip("-").isdigit() else text,
@@ -1863,7 +1865,7 @@ FLAGS: dict[str, tuple[Any, Callable[[str], Any], str, str]] = {
     "allow-truncation": (False, bool, "", "let Ollama silently cut prompts that are too long"),
     "hooks": (None, str, "FILE", "Python with authenticate(), shape() or observe()"),
     "heartbeat": ("10", parse_number, "SECONDS", "silence before a heartbeat; 0: none"),
-    "idle-timeout": ("600", parse_number, "SECONDS", "silence of Ollama before an error; 0: none"),
+    "idle-timeout": ("600", parse_number, "SECONDS", "Ollama's silence before an error; 0: none"),
     "max-connections": ("512", parse_number, "N", "connections at a time; others get a 503"),
 }
 
@@ -1901,11 +1903,11 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
     found, rest = line.parse_known_args(variables + argv)
     if rest:  # not shown whole: it may be a key
         line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
-                   "an argument belongs to no flag")
+                   "an argument has no flag")
     if "" in vars(found).values():  # perhaps an unset variable of the shell
         line.error("the value of a flag is empty")
     if found.demo and any(text.startswith("--upstream") for text in argv):
-        line.error("--demo and --upstream exclude each other")
+        line.error("--demo and --upstream can't be combined")
     return found
 
 
@@ -1934,7 +1936,7 @@ def main() -> int:
                    for url in (settings.listen, settings.upstream))
     try:
         if not re.fullmatch("[!-~]*", upstream_key):
-            raise ValueError("$OLLAMA_API_KEY does not fit into a header")
+            raise ValueError("$OLLAMA_API_KEY can't go into a header")
         if here == there:
             raise ValueError(f"--upstream {settings.upstream.netloc} is the proxy's own address")
         allow_descriptors(settings)

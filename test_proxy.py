@@ -30,6 +30,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import struct
 import subprocess
 import sys
@@ -945,6 +946,22 @@ def test_client_that_goes_away_closes_the_upstream_connection(start, looks, path
     poll(lambda: b"client_hangups_total 1\n" in call(server, "GET", "/metrics").body)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "forced call"])
+def test_client_that_goes_away_is_noticed_although_ollama_talks_and_nothing_is_sent(start, stream):
+    server, fake = start(HEAD, Endless(chunk(says("a"))))
+    client = Client(server, stream=stream, tools=[function()], tool_choice="required")
+    fake.requests.get(timeout=DEADLINE)
+    client.leave()
+    poll(lambda: b"client_hangups_total 1\n" in call(server, "GET", "/metrics").body)
+    assert fake.hung_up.wait(DEADLINE)
+
+
+def test_forced_call_gets_heartbeats_although_ollama_talks(start):
+    server, _ = start(HEAD, Endless(chunk(says("a"))), heartbeat=0.1)
+    with Client(server, tools=[function()], tool_choice="required") as client:
+        assert client.read_until(b'"delta":{}', 2).count(b"data: ") >= 3
+
+
 @pytest.mark.parametrize("said", [SAID, b"HTTP/1.1 404 x\r\nContent-Length: 100\r\n\r\n{"],
                          ids=["an answer", "a refusal"])
 def test_thousand_clients_that_go_away_leave_nothing_behind(start, log, request, said):
@@ -1638,6 +1655,11 @@ def test_tls_works_on_both_sides_if_the_certificate_is_good(start, looks, log, c
         monkeypatch.setenv("SSL_CERT_FILE", certificate[0])
         server, _ = start(upstream=tls.url)
         assert chat(server).text() == chat(server, False).text() == HELLO
+        fake.steps = [ndjson(*[says("x" * 999_999)] * 9, FINAL)]
+        trust = ssl.create_default_context(cafile=certificate[0])
+        with contextlib.closing(http.client.HTTPSConnection("127.0.0.1", tls.server_port, context=trust)) as big:
+            big.request("POST", "/v1/chat/completions", b'{"model":"m","messages":[]}')
+            assert len(Answer(big.getresponse()).text()) == 9 * 999_999
         fake.steps = [SAID, HOLD]
         with Client(server) as client:
             client.read_until(b"some")
@@ -1967,7 +1989,7 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     ("--listen 192.0.2.1:0 --insecure", "can't start"), ("--listen 0.0.0.0:0", "--insecure"),
     ("--upstream 127.0.0.1:11435", "own address"), ("--upstream 127.0.0.1:11434/v1", "remove /v1"),
     ("--demo --upstream box", "--demo and --upstream"), ("--hooks /dev/null", "none of authenticate"),
-    ("--api-key sk-0123456789 sk-9876543210", "belongs to no flag"),
+    ("--api-key sk-0123456789 sk-9876543210", "has no flag"),
     ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "perhaps"),
     ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "--api-key"),
     ("--hooks ", "is empty"),

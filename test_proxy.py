@@ -1657,7 +1657,8 @@ def test_tls_works_on_both_sides_if_the_certificate_is_good(start, looks, log, c
         assert chat(server).text() == chat(server, False).text() == HELLO
         fake.steps = [ndjson(*[says("x" * 999_999)] * 9, FINAL)]
         trust = ssl.create_default_context(cafile=certificate[0])
-        with contextlib.closing(http.client.HTTPSConnection("127.0.0.1", tls.server_port, context=trust)) as big:
+        big = http.client.HTTPSConnection("127.0.0.1", tls.server_port, context=trust)
+        with contextlib.closing(big):
             big.request("POST", "/v1/chat/completions", b'{"model":"m","messages":[]}')
             assert len(Answer(big.getresponse()).text()) == 9 * 999_999
         fake.steps = [SAID, HOLD]

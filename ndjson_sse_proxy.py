@@ -128,7 +128,7 @@ def broken_upstream(what: str) -> ProxyError:
 
 
 def busy(what: str) -> ProxyError:
-    """Return the error for too many clients; SDKs try again after a second."""
+    """Return the error for too many clients. SDKs try again in a second."""
     return ProxyError(503, f"the proxy has no {what} left", None, "proxy_busy",
                       [("Retry-After", "1")])
 
@@ -161,7 +161,7 @@ def upstream_error(value: Any, status: int = 502, wanted: Json | None = None) ->
     """Return what Ollama said about a failure (text, JSON in text, or an object) as a ProxyError.
 
     `wanted` comes from to_ollama_chat(), for advice that fits the request."""
-    with suppress(ValueError, AttributeError):  # when it is a text at last
+    with suppress(ValueError, AttributeError):  # until it is a text
         for _ in range(5):
             value = parse_object(value) if isinstance(value, str) else value
             value = value.get("error") or value.get("message") or value
@@ -362,16 +362,16 @@ class ChatStream:
                                 "function": {"name": name, "arguments": arguments}}]}
 
     def _finish(self, record: Json, deltas: list[Json]) -> str:
-        """Return the finish_reason; note the tokens, and add the delta of a forced call."""
+        """Return the finish_reason; note the tokens; add a forced call."""
         # There is no prompt_eval_count if the whole prompt was cached.
         self.tokens = member(record, "prompt_eval_count", int), member(record, "eval_count", int)
-        if min(self.tokens) < 0:
-            raise broken_upstream(f"a negative token count in {to_bytes(record)[:60]!r}")
+        if not all(0 <= count < 10 ** 9 for count in self.tokens):
+            raise broken_upstream(f"an odd token count in {to_bytes(record)[:60]!r}")
         text, reason = "".join(self._text), record.get("done_reason")
         if text.strip():  # `format` made the model write {"name": ..., "arguments": ...}
             try:
                 deltas.append(self._tool_call(parse_object(text)))
-            except ValueError:  # it was cut, and stays text
+            except ValueError:  # cut: it stays text
                 deltas.append({"content": text})
                 reason = "length"
         # Old versions give none; chats without messages give load or unload.
@@ -500,7 +500,7 @@ def to_content(content: Any, param: str) -> Json:
 
 
 def to_native_calls(calls: list[Any], param: str) -> list[Json]:
-    """Convert tool calls: OpenAI's arguments are a JSON string, Ollama's an object."""
+    """Convert tool calls: Ollama's arguments are an object, not a string."""
     native: list[Json] = []
     for where, call in each(calls, param):
         name = to_function_name({"type": "function", **call}, where)
@@ -586,7 +586,7 @@ def map_fields(table: dict[str, Field], source: Json, target: Json, where: str =
 def to_native_messages(messages: list[Any], ignored: list[str]) -> list[Json]:
     """Convert messages one for one, in the same order."""
     native: list[Json] = []
-    called: dict[str, str] = {}  # id of each call so far -> its function
+    called: dict[str, str] = {}  # call's id -> its function
     for where, message in each(messages, "messages"):
         required(message, "role", "string", where)
         new: Json = {"content": ""}
@@ -619,7 +619,7 @@ def choose_tools(native: Json, mode: Any, wanted: Json) -> None:
         functions = {name: functions[name]} if name in functions else {}
     one_of({"none": 0, "auto": 0, "required": 0}, mode, "tool_choice")
     if mode == "none":
-        wanted["max_calls"] = 0  # some models call tools anyway
+        wanted["max_calls"] = 0  # some call tools anyway
     elif mode == "auto":
         native.update({"tools": tools} if tools else {})
     elif functions:
@@ -721,7 +721,7 @@ def body_lines(response: HTTPResponse) -> Iterator[bytes]:
 
 
 def read_object(response: HTTPResponse, wanted: Json | None = None) -> Json:
-    """Read a JSON answer in one piece. Raises Ollama's refusal as a ProxyError."""
+    """Read a JSON answer. Raises Ollama's refusal as a ProxyError."""
     body = ask(response.read, MAX_BODY_BYTES)
     try:
         value = parse_object(body)
@@ -767,6 +767,8 @@ class Upstream:
                 connection.request(method, self.url.path + path, body, fields)
             connection.sock.settimeout(TICK_SECONDS)
             with closing(ask(connection.getresponse)) as response:
+                if response.status < 200 or response.length is None and not response.chunked:
+                    raise broken_upstream(f"status {response.status} without a length")
                 yield response
 
     def connect(self) -> http.client.HTTPConnection:
@@ -862,7 +864,7 @@ def say_traceback() -> None:
 
 def load_hooks(path: str | None) -> Json:
     """Return the hooks in a Python file. Many threads will call them at the same time."""
-    # So that `from ndjson_sse_proxy import ProxyError` in a hooks file finds this program.
+    # For `from ndjson_sse_proxy import ProxyError` in that file.
     sys.modules.setdefault("ndjson_sse_proxy", sys.modules[__name__])
     names = runpy.run_path(path, run_name="ndjson_sse_proxy_hooks") if path else {}
     hooks = {name: names[name] for name in names if name in ("authenticate", "shape", "observe")}
@@ -883,7 +885,7 @@ def parse_key(line: str) -> tuple[str, str]:
     return name or "key", key
 
 
-# Ollama's own rules for an API without keys.
+# Ollama's rules for an API without keys.
 LOCAL_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[\d.]+|[\w-]+|[\w.-]*\.(localhost|local|internal))"
                         r"(:\d+)?", re.ASCII)
 LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
@@ -969,7 +971,7 @@ class Gate:
         self._store(keys)
 
     def _store(self, keys: list[tuple[str, str]]) -> None:
-        # By SHA-256, so that the time of a look-up says nothing about the keys.
+        # By SHA-256: the time of a look-up says nothing about the keys.
         self.owners = {hashlib.sha256(key.encode()).digest(): name
                        for name, key in self._given + keys}
 
@@ -978,7 +980,7 @@ IGNORES = re.compile("/v1/(?!chat)")  # Ollama's own /v1 routes take no options
 
 
 class Shaper:
-    """Changes requests: the hook first, then aliases and default options."""
+    """Changes requests: the hook first, then aliases and defaults."""
     def __init__(self, settings: argparse.Namespace, hook: Callable[..., Any] | None) -> None:
         self.hook, self.aliases, self._options = hook, dict(settings.alias), dict(settings.option)
         self._defaults = {"options": self._options} if settings.option else {}
@@ -986,11 +988,11 @@ class Shaper:
             self._defaults["keep_alive"] = settings.keep_alive
 
     def changes(self, route: str) -> bool:
-        """Return whether requests to this route may be changed, and so must be read."""
+        """Return whether requests to this route may change, and so must be read."""
         return bool(self.hook or self.aliases or self._defaults and not IGNORES.match(route))
 
     def shape(self, route: str, body: Json, caller: str | None) -> Json:
-        """Return the body to use instead. A hook may raise ProxyError to refuse."""
+        """Return the body to use. A hook may raise ProxyError to refuse."""
         if self.hook:
             changed = self.hook(route, body, caller)
             body = body if changed is None else changed
@@ -1004,7 +1006,7 @@ class Shaper:
         return body
 
 
-# What the log line and the hook tell of a request.
+# What the log line and the hook tell.
 RECORD_NAMES = (
     "time", "id", "client", "caller", "method", "route", "model", "status", "prompt_tokens",
     "completion_tokens", "first_token_seconds", "seconds", "end", "error", "detail", "ignored")
@@ -1019,7 +1021,7 @@ class Observer:
             active_requests=0, client_hangups_total=0)
 
     def count(self, amounts: Mapping[str, Any]) -> None:
-        """Add to the metrics, whose names may have labels."""
+        """Add to metrics; names may have labels."""
         with self._lock:
             self.counts.update(amounts)
 
@@ -1171,7 +1173,7 @@ class Reply:
             self.flush()
 
     def lost(self, error: OSError) -> Exception:
-        """Return the error for an Ollama that breaks the connection."""
+        """Return the error for a broken connection to Ollama."""
         return cut_upstream(type(error).__name__)
 
     def start(self, status: int, content_type: str, length: int | None = None,
@@ -1241,7 +1243,7 @@ class Reply:
     def _head_bytes(self) -> bytes:
         status, content_type, length, headers = self._head
         ignored = urllib.parse.quote(", ".join(self.record["ignored"] or []), "[], ",
-                                     errors="backslashreplace")
+                                     errors="backslashreplace")[:4000]
         pairs = [
             ("Date", time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())),
             ("Content-Type", content_type),
@@ -1296,7 +1298,7 @@ class Exchange(Reply):
         if methods:
             allowed = ", ".join(methods)
             raise ProxyError(405, f"use {allowed} {self.route}", headers=[("Allow", allowed)])
-        raise ProxyError(404, f"no route {method} {path[:200]}; OpenAI clients need the base URL "
+        raise ProxyError(404, f"no route {method} {path[:200]}; OpenAI clients' base URL is "
                          f"{self.base_url}, Anthropic's the same without /v1", code="no_route")
 
     def root(self) -> None:
@@ -1343,7 +1345,7 @@ class Exchange(Reply):
         try:
             self.answer_chat(stream, native, wanted)
         except ProxyError as error:
-            # Agents send reasoning_effort to every model, even to one that can't think.
+            # Agents ask for thinking even if the model can't.
             if "does not support thinking" not in error.message or "effort" not in wanted:
                 raise
             del wanted["effort"], native["think"]
@@ -1466,7 +1468,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     timeout = CLIENT_SECONDS
 
     def setup(self) -> None:
-        """Prepare the connection, including the TLS handshake."""
+        """Prepare the connection; do the TLS handshake."""
         self.excess = len(self.server.connections) > self.server.settings.max_connections
         super().setup()
         if isinstance(self.connection, ssl.SSLSocket):
@@ -1522,7 +1524,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
             self.linger()
 
     def answer(self, first: bytes) -> None:
-        """Read the request, check who sent it, and run its route."""
+        """Read the request, check it, and run its route."""
         exchange = self.exchange
         try:
             head = read_head(first, self.rfile.readline)
@@ -1809,7 +1811,7 @@ def parse_url(text: str, port: int = 11434) -> urllib.parse.SplitResult:
     match = re.fullmatch(r"(?:(https?)://)?(\[[0-9a-f:.]+\]|[\w.-]*)(?::(\d{1,9}))?(/[!$->@-~]*)?",
                          text.strip(), re.ASCII | re.IGNORECASE)
     if not match:
-        raise Mistake(f"{text!r} is neither HOST:PORT nor http://HOST:PORT")
+        raise Mistake("it is neither HOST:PORT nor http://HOST:PORT")
     scheme, host, own_port, path = match.groups("")
     if int(own_port or 0) > 65535:
         raise Mistake(f"the port {own_port} is above 65535")
@@ -1902,7 +1904,7 @@ def read_settings(argv: list[str], environ: Mapping[str, str]) -> argparse.Names
                 variables.append("--" + flag if text == "1" else f"--{flag}={text}")
     found, rest = line.parse_known_args(variables + argv)
     if rest:  # not shown whole: it may be a key
-        line.error(f"unknown flag {rest[0].partition('=')[0]}" if rest[0][:2] == "--" else
+        line.error("unknown flag " + re.split("[^a-z-]", rest[0])[0] if rest[0][:2] == "--" else
                    "an argument has no flag")
     if "" in vars(found).values():  # perhaps an unset variable of the shell
         line.error("the value of a flag is empty")
@@ -1947,7 +1949,7 @@ def main() -> int:
 
 
 def announce(server: ProxyServer) -> None:
-    """Say how the proxy is set up, and whether Ollama answers."""
+    """Say how the proxy is set up, and if Ollama answers."""
     settings, gate, count = server.settings, server.gate, len(server.gate.owners)
     say(f"ndjson_sse_proxy {__version__} is listening on {server.url} (open it in a browser); "
         f"base_url: {server.url}/v1")

@@ -816,7 +816,9 @@ BROKEN_ANSWERS = {
     "good end without done": ("upstream_cut", SAID + END),
     "good end within a line": ("upstream_cut", SAID + chunk(b'{"message":{"content":"cut in the mid') + END),
     "end before the Content-Length": ("upstream_cut", WITHOUT_CHUNKS % b"Content-Length: 999"),
-    "end of unknown length": ("upstream_cut", WITHOUT_CHUNKS % b"Connection: close"),
+    "end of unknown length": ("upstream_protocol", WITHOUT_CHUNKS % b"Connection: close"),
+    "end within the head": ("upstream_protocol", HEAD[:40]),
+    "another head to come": ("upstream_protocol", b"HTTP/1.1 103 x\r\n\r\n" + HEAD + chunk(FINAL) + END),
     "no HTTP": ("upstream_protocol", b"garbage\r\n\r\n"),
     "200 with HTML": (None, b"HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n<html></html>"),
     "chunk size that is no number": ("upstream_cut", SAID + b"xyz\r\n"),
@@ -1102,7 +1104,7 @@ def test_overflow_advises_to_raise_num_ctx_only_while_that_can_help(start, num_c
     assert ("options.num_ctx" in message and "--option num_ctx=" in message) == longer, message
 
 
-@pytest.mark.parametrize("count", ["true", "-5", "1.5", '"5"', "[]", "1e3"])
+@pytest.mark.parametrize("count", ["true", "-5", "9" * 400, "1.5", '"5"', "[]", "1e3"], ids=lambda c: c[:9])
 def test_token_count_that_is_no_count_is_a_breach_of_protocol(start, log, count):
     server, _ = start(HEAD + chunk(FINAL[:-2] + b',"eval_count":%b}\n' % count.encode()) + END)
     assert_failed(chat(server), 502, "upstream_protocol")
@@ -1994,7 +1996,7 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     ("NDJSON_SSE_PROXY_IDLE_TIMEOUT=soon", "soon"), ("NDJSON_SSE_PROXY_DEMO=perhaps", "perhaps"),
     ("NDJSON_SSE_PROXY_OPTION=num_ctx=1 nosuch=x", "nosuch"), ("NDJSON_SSE_PROXY_API_KEY= ", "--api-key"),
     ("--hooks ", "is empty"),
-    ("NDJSON_SSE_PROXY_LISTNE=x", "--listne"), ("OLLAMA_HOST=a b", "a b"),
+    ("NDJSON_SSE_PROXY_LISTNE=x", "--listne"), ("OLLAMA_HOST=a b", "--upstream"),
     ("OLLAMA_API_KEY=a\nb", "OLLAMA_API_KEY")])
 def test_mistake_in_a_flag_or_variable_is_one_line_that_shows_no_key(arguments, text):
     name, _, value = arguments.partition("=")

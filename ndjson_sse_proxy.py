@@ -1644,13 +1644,13 @@ DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages tha
 
 
 class DemoHandler(http.server.BaseHTTPRequestHandler):
-    """Answers any request in chunks, as Ollama does, a record at a time."""
+    """Answers in chunks, as Ollama does, a record at a time."""
     protocol_version = "HTTP/1.1"
     pace = 0.03  # seconds between two records: slow enough to watch
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        model = json.loads(body or b"{}").get("model")
+        model = json.loads(body).get("model") if self.path == "/api/chat" else None
         answer: list[Json] = [{"error": f"model '{model}' not found"}]
         if self.path not in ("/api/chat", "/v1/models"):
             answer = [{"error": f"the demo has no {self.path}"}]

@@ -233,9 +233,14 @@ def start(request):
         fake = FakeOllama(*steps, size=size, answers=answers)
         request.addfinalizer(fake.close)
         server = ProxyServer(make_settings(upstream or fake.url, **settings))
-        request.addfinalizer(server.server_close)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        request.addfinalizer(server.shutdown)  # the last one added runs first
+
+        def stop():
+            server.shutdown()
+            server.server_close()
+            server.stopping = True  # no request may write to the log of the next test
+            poll(lambda: not server.observer.counts["active_requests"])
+        request.addfinalizer(stop)
         return server, fake
     return start
 

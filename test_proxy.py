@@ -403,6 +403,9 @@ def test_fault_of_the_proxy_itself_is_a_500_and_its_traceback_is_logged(start, m
     server, _ = start(RECORDED["length"])
     assert assert_failed(chat(server), 500)["type"] == "server_error"
     assert "ZeroDivisionError" in "\n".join(log.queue)
+    monkeypatch.setattr(proxy_module.Reply, "write", mock.Mock(side_effect=proxy_module.ClientGone))
+    assert raw(server, posted(BODY)) == b""  # and then it is logged, too
+    poll(lambda: [json.loads(line)["status"] for line in log.queue if line[0] == "{"] == [500, 500])
 
 
 # ---- 3. NDJSON in --------------------------------------------------------------------------------
@@ -475,10 +478,11 @@ def test_native_route_passes_bytes_or_makes_each_line_a_frame(start, size, name,
     assert events == [line.rstrip("\n") for line in lines] + ["[DONE]"] * ("error" not in lines[-1])
 
 
-def test_native_refusal_passes_unchanged_unless_frames_were_asked_for(start):
-    server, _ = start(RECORDED["missing"])
+def test_native_refusal_passes_unchanged_unless_frames_were_asked_for(start, log):
+    server, _ = start(json_answer({"error": "model 'x' not found"}, 400))
     answer = call(server, "POST", "/api/chat", {})
-    assert (answer.status, answer.body) == (404, b'{"error":"model \'nosuch\' not found"}')
+    assert (answer.status, answer.body) == (400, b'{"error": "model \'x\' not found"}')
+    assert next_record(log)["error"] == "status_400" and "Retry-After" not in answer.headers
     assert_failed(call(server, "POST", "/api/chat", {}, SSE), 404, "model_not_found")
 
 
@@ -668,7 +672,7 @@ def test_own_fields_of_ollama_go_up_unchanged_and_hints_and_null_have_no_effect(
 
 def test_each_message_stays_one_in_its_place_and_results_find_their_calls(start):
     assert native(start, messages=[
-        {"role": "developer", "content": "Be brief."},
+        {"role": "developer", "content": "Be brief.", "name": "boss"},
         {"role": "user", "content": [
             {"type": "text", "text": "What is "},
             {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw==", "detail": "low"}},
@@ -698,7 +702,7 @@ def test_forced_call_goes_up_as_a_format_whose_references_still_hold(start):
     sent = native(start, tools=tools, tool_choice="required")
     assert sent["format"] == {"anyOf": forced, "$defs": {"0": moved[0], "1": moved[1]}}
     assert "tools" not in sent and [m["role"] for m in sent["messages"]] == ["user", "system"]
-    assert '"name":"g"' in sent["messages"][1]["content"]
+    assert [json.loads(s)["name"] for s in sent["messages"][1]["content"].splitlines()[1:]] == ["f", "g"]
     sent = native(start, tools=tools[::-1], tool_choice=function("f"))
     assert sent["format"] == {**forced[0], "$defs": {"0": moved[0]}}
 
@@ -770,7 +774,7 @@ def test_field_that_cannot_be_obeyed_is_a_400_that_names_it(start, param, fields
 
 @pytest.mark.parametrize("path, body, headers, status, hint", [
     *[("/v1/chat/completions", body, {}, 400, "JSON") for body in (
-        b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000)],
+        b"", b"{", b"[]", b'"x"', b"\xff", b"[" * 100_000, b'{"a":' * 100_000, BODY[:-1] + b',"top_p":NaN}')],
     ("/v1/chat/completions", b"{}", {"Content-Encoding": "zstd"}, 415, "Content-Encoding"),
     *[("/v1/embeddings", body, {}, 400, "check_embedding_ctx_length=False") for body in (
         b'{"input":[1,2]}', b'{"input":[[1,2]]}')],
@@ -783,9 +787,18 @@ def test_body_that_cannot_be_used_is_refused_with_a_reason(start, path, body, he
     assert fake.requests.empty() or path == "/v1/embeddings"
 
 
+@pytest.mark.parametrize("depth", range(200, 3000, 200))
+def test_schema_that_is_nested_ever_deeper_goes_up_or_is_a_400(start, depth):
+    server, _ = start(RECORDED["length"])
+    tool = json.dumps(function(parameters={"a": 7})).replace("7", "[" * depth + "]" * depth)
+    body = b'{"model":"m","messages":[],"tool_choice":"required","tools":[%b]}' % tool.encode()
+    assert call(server, "POST", "/v1/chat/completions", body).status in (200, 400)
+
+
 @pytest.mark.parametrize("name", ["child", "default", "const", "enum", "examples", "$ref", "properties"])
 def test_reference_to_the_whole_schema_goes_up_as_one_to_its_new_place(start, name):
-    schema = {"properties": {name: {"$ref": "#"}, "list": {"anyOf": [{"$ref": "#"}]}}}
+    groups = "properties", "patternProperties", "$defs", "definitions", "dependentSchemas"
+    schema = {group: {name: {"$ref": "#"}, "list": {"anyOf": [{"$ref": "#"}]}} for group in groups}
     tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in "fg"]
     wrapped = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
     for fields in {"tools": tools}, {"tools": tools[:1]}, {"response_format": wrapped}:
@@ -889,6 +902,15 @@ def test_refusal_that_ends_the_upload_with_a_reset_is_passed_on(start):
     fake.serve = refuse
     answer = chat(server, messages=[{"role": "user", "content": "x" * (8 << 20)}])
     assert assert_failed(answer, 400)["message"] == "too large for Ollama"
+
+
+def test_upstream_that_does_not_take_the_request_is_a_504(start, monkeypatch):
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 0.5)
+    monkeypatch.setattr(proxy_module, "CONNECT_SECONDS", 99)
+    server, fake = start(idle_timeout=0.1)
+    fake.serve = lambda connection: fake.left.wait(DEADLINE)
+    assert_failed(chat(server, **said({"type": "text", "text": "x" * (16 << 20)})), 504, "upstream_timeout")
+    fake.left.set()
 
 
 class Client(contextlib.AbstractContextManager):
@@ -1029,9 +1051,11 @@ def test_heartbeat_of_0_sends_none_so_that_a_late_failure_has_its_status(start):
     assert chat(server).status == 504
 
 
-def test_whole_answer_that_never_ends_is_refused_at_the_cap(start, monkeypatch):
+def test_whole_answer_or_line_that_never_ends_is_refused_at_the_cap(start, monkeypatch, log):
     monkeypatch.setattr(proxy_module, "MAX_BODY_BYTES", 10_000)
-    server, fake = start(HEAD, chunk(says("x" * 1000)) * 20)
+    server, fake = start(HEAD, chunk(b"x" * 1000) * 20)
+    assert call(server, "POST", "/api/chat", {}).cut and next_record(log)["error"] == "upstream_protocol"
+    fake.steps = (HEAD, chunk(says("x" * 1000)) * 20)
     assert_failed(chat(server, stream=False), 502, "upstream_protocol")
     assert_failed(chat(server, tools=[function("f")], tool_choice="required"), 502, "upstream_protocol")
     fake.steps = (HEAD, chunk(says("x" * 1000)) * 20 + chunk(FINAL))
@@ -1088,9 +1112,12 @@ def test_passed_answer_is_complete_only_with_its_end_mark(start, log, size, path
     (429, b'{"error":{"message":"bad"}}', 429, "bad"),
     (404, b"404 page not found", 502, "404 page not found")])
 def test_refusal_of_any_form_is_openais_error_on_openais_routes(start, status, body, expected, text):
-    server, _ = start(b"HTTP/1.1 %d x\r\nContent-Length: %d\r\n\r\n%b" % (status, len(body), body))
+    retry = b"Retry-After: 7\r\n" * (status == 429)
+    server, _ = start(b"HTTP/1.1 %d x\r\n%bContent-Length: %d\r\n\r\n%b" % (status, retry, len(body), body))
     for name in "completions", "embeddings", "responses", "messages", "audio/transcriptions":
-        assert text in assert_failed(call(server, "POST", "/v1/" + name, b"{}"), expected)["message"]
+        answer = call(server, "POST", "/v1/" + name, b"{}")
+        assert text in assert_failed(answer, expected)["message"]
+        assert answer.headers["Retry-After"] == ("7" if retry else None)
 
 
 @pytest.mark.parametrize("text", ["unsupported $ref #", "failed to parse grammar", "invalid JSON schema"])
@@ -1163,7 +1190,7 @@ def test_only_who_has_a_key_may_call_and_the_log_hides_it(start, log, header, ac
         assert show.headers["WWW-Authenticate"] == "Bearer" and fake.requests.empty()
         assert show.json()["error"]["code"] == "invalid_api_key"
     lines = [log.get(timeout=DEADLINE) for _ in range(6)]
-    assert re.search(rf"status\W+{show.status}\b", lines[0]) and "sk-" not in "".join(lines)
+    assert re.search(rf"show.*status\W+{show.status}\b", "\n".join(lines)) and "sk-" not in "".join(lines)
 
 
 def write_keys(path, text):
@@ -1278,9 +1305,11 @@ def test_passed_body_in_capitals_cannot_slip_past_the_alias(start, name):
 def test_key_file_without_keys_is_a_mistake_at_the_start(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "young").touch()
+    (tmp_path / "raw").write_bytes(b"\xfc")
     write_keys(tmp_path / "old", "")
     write_keys(tmp_path / "bad", "sk-bob-01234567\nalice: sk-alice-0123\n")
-    for name, text in ("fifo", ""), ("young", "no keys"), ("old", "no keys"), ("bad", "line 2"):
+    for name, text in [("fifo", ""), ("young", "no keys"), ("old", "no keys"), ("bad", "line 2"),
+                       ("raw", "line 1")]:
         said = mistake("--demo", "--listen", "127.0.0.1:0", "--api-key-file", str(tmp_path / name))
         assert str(tmp_path / name) in said and text in said
 
@@ -1388,6 +1417,7 @@ def test_request_is_one_line_of_json_without_secrets_although_the_observe_hook_b
         "route": "/v1/chat/completions", "model": "m", "status": 200, "prompt_tokens": 9,
         "completion_tokens": 27, "end": "done", "ignored": ["x"]}
     poll(lambda: any("ZeroDivisionError" in line for line in log.queue))
+    assert raw(server, (b"GET /healthz HTTP/1.1\r\n%b\r\n" % HOST) * 2).count(b"ok\n") == 2
 
 
 @pytest.mark.parametrize("path, accept", [
@@ -1488,10 +1518,11 @@ def test_passed_route_gives_and_takes_bytes_unread_and_a_cut_answer_stays_cut(st
     line, headers, body = fake.requests.get(timeout=DEADLINE)
     assert line == f"{method} {path}?beta=true HTTP/1.1" and body == sent
     assert {name: headers[name] for name in wishes} == wishes
-    for cut in SAID, WITHOUT_CHUNKS % b"Content-Length: 99":
-        fake.steps = (cut.replace(b"application/x-ndjson", b"a/b"),)  # whose only end is HTTP's
-        answer = call(server, method, path, sent)
-        assert answer.cut and answer.body == says("some")
+    for cut, *reset in [SAID], [WITHOUT_CHUNKS % b"Content-Length: 99"], [
+            WITHOUT_CHUNKS % b"Connection: close", RESET]:
+        fake.steps = (cut.replace(b"application/x-ndjson", b"a/b"), *reset)  # whose only end is HTTP's
+        answer = call(server, method, path, sent)  # by RST all of it may be lost
+        assert answer.cut and answer.body == says("some") or reset and answer.status == 502
 
 
 @pytest.mark.parametrize("method, path, status, hint", [
@@ -1557,6 +1588,8 @@ def test_unknown_fields_are_named_in_a_header_that_they_cannot_break(start):
     assert len(ignored) < 200 and "none" not in ignored and "X-Evil" not in answer.headers
     answer = chat(server, **{f"f{i}": 1 for i in range(1000)})
     assert answer.headers["X-Ignored-Fields"].endswith("f19, and 980 more")
+    answer = chat(server, tools=[function()], tool_choice="required", response_format={"type": "json_object"})
+    assert answer.headers["X-Ignored-Fields"] == "response_format"  # Ollama takes one schema
 
 
 PLAIN, CODED = POST + HOST + LENGTH, b"Transfer-Encoding: chunked\r\n"
@@ -1722,13 +1755,25 @@ def drip(client, data):
     ("BODY_SECONDS", POST + HOST + b"Content-Length: 99999\r\n\r\n", b"HTTP/1.1 408 ")],
     ids=["idle", "request line", "head", "body"])
 def test_client_whose_time_is_up_gets_a_408_or_nothing_if_nothing_was_asked(
-        start, monkeypatch, limit, begin, answer):
+        start, log, monkeypatch, limit, begin, answer):
     monkeypatch.setattr(proxy_module, limit, 0.2)
     with Client(start()[0], "/healthz", "GET") as client:
         client.read_until(b"ok\n")
         client.socket.sendall(begin)
         said = drip(client, b"x" * 500) if begin else client.read_until(b"never")
-        assert said[:13] == answer
+        assert said[:13] == answer and "Traceback" not in "".join(log.queue)
+
+
+def test_client_that_resets_instead_of_a_whole_request_is_no_fault_of_the_proxy(start, log):
+    server, _ = start()
+    for begin, said in (b"", b""), (POST, b""), (POST + HOST + LENGTH + b"\r\n{", b""), (b"X\r\n\r\n", b"}}"):
+        with Client(server, "/healthz", "GET") as client:
+            client.read_until(b"ok\n")
+            client.socket.sendall(begin)
+            client.read_until(said)
+            client.leave("RST")
+    poll(lambda: not server.connections)
+    assert "Traceback" not in "".join(log.queue)
 
 
 def test_client_is_cut_when_it_stops_reading_but_not_while_it_reads_slowly(start, monkeypatch):
@@ -1773,15 +1818,23 @@ def test_drain_lets_answers_end_and_says_an_error_to_those_that_do_not(start, mo
         poll(lambda: fake.requests.qsize() == 2)
         streaming.read_until(b"some")
         threading.Thread(target=lambda: results.put(server.drain())).start()
-        poll(lambda: server.socket.fileno() < 0)
-        with pytest.raises(OSError):
-            Client(server)
+        poll(lambda: not accepts(server.server_port))
         more.set()
         seen = streaming.read_until(b"never")  # to the end of the connection
         assert seen.endswith(b"\r\n0\r\n\r\n") and (b"data: [DONE]\n\n" in seen) == in_time
         assert (b'"code":"proxy_stopped"' in seen) == (not in_time)
         assert whole.read_until(b"}}").startswith(b"HTTP/1.1 %d " % (200 if in_time else 503))
         assert results.get(timeout=DEADLINE) == in_time and (in_time or fake.left.wait(DEADLINE))
+
+
+def test_stream_that_is_never_silent_ends_with_the_drain(start, monkeypatch):
+    monkeypatch.setattr(proxy_module, "DRAIN_SECONDS", 0)
+    monkeypatch.setattr(proxy_module, "TICK_SECONDS", DEADLINE)
+    server, _ = start(HEAD, chunk(says("some")) * 50_000)
+    with Client(server) as client:
+        client.read_until(b"some")
+        threading.Thread(target=server.drain).start()
+        assert b'"code":"proxy_stopped"' in client.read_until(b"never")
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
@@ -1819,10 +1872,11 @@ def test_malformed_chunks_are_refused_and_no_request_follows(start, monkeypatch,
     assert b"\r\nConnection: close\r\n" in answer and b'{"error":{' in answer and fake.requests.empty()
 
 
-@pytest.mark.parametrize("body", [b"", b"2", b"2\r\n", b"2\r\n{", b"2\r\n{}\r\n", b"2\r\n{}\r\n0\r\n"])
-def test_body_in_chunks_that_stops_early_is_never_used(start, body):
+@pytest.mark.parametrize("coding, body", [(LENGTH, b""), (LENGTH, BODY[:-1]), *[(CODED, body) for body in (
+    b"", b"2", b"2\r\n", b"2\r\n{", b"2\r\n{}\r\n", b"2\r\n{}\r\n0\r\n")]])
+def test_body_that_stops_early_is_never_used(start, coding, body):
     server, fake = start(RECORDED["length"])
-    answer = raw(server, b"POST /api/show HTTP/1.1\r\n" + HOST + CODED + b"\r\n" + body)
+    answer = raw(server, b"POST /api/show HTTP/1.1\r\n" + HOST + coding + b"\r\n" + body)
     assert answer[:13] in (b"", b"HTTP/1.1 400 ") and fake.requests.empty()
 
 
@@ -1963,16 +2017,21 @@ def test_program_says_an_address_that_works_and_ends_on_ctrl_c(listen, shown):
         assert process.wait(DEADLINE) == 0 and "Traceback" not in process.stderr.read()
 
 
-def test_program_warns_when_ollama_does_not_answer():
-    with running("--listen", "127.0.0.1:0", OLLAMA_HOST="127.0.0.1:1") as process:
-        _, second, third = [process.stderr.readline() for _ in range(3)]
+def test_program_without_ollama_warns_and_without_stderr_it_goes_on(hooks):
+    hook = hooks("from ndjson_sse_proxy import ProxyError\ndef authenticate(_): raise ProxyError(429, 'x')")
+    with running("--listen", "127.0.0.1:0", "--hooks", hook, OLLAMA_HOST="127.0.0.1:1") as process:
+        first, second, third = [process.stderr.readline() for _ in range(3)]
         assert "upstream: http://127.0.0.1:1;" in second and "reach Ollama" in third and "--demo" in third
+        process.stderr.close()
+        server = mock.Mock(server_port=int(re.search(r":(\d+) ", first)[1]))
+        assert call(server, "GET", "/metrics").status == 429  # the hook's ProxyError is the program's
+        assert raw(server, (b"GET /healthz HTTP/1.1\r\n%b\r\n" % HOST) * 2).count(b"ok\n") == 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
 def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
     _, fake = start(RECORDED["missing"])
-    with running("--listen", "127.0.0.1:0", OLLAMA_HOST=fake.url) as process:
+    with running("--listen", "127.0.0.1:0", OLLAMA_HOST=fake.url, OLLAMA_API_KEY="key") as process:
         server = mock.Mock(server_port=int(re.search(r":(\d+) ", process.stderr.readline())[1]))
         with Client(server, path=None) as client:  # one connection, where a log that blocks stops all
             for _ in range(150):  # 285 KB: a line of the log names all the fields
@@ -1981,6 +2040,7 @@ def test_stderr_that_nobody_reads_stops_neither_answers_nor_the_end(start):
             fake.steps = [SAID, HOLD]
             client.ask()
             client.read_until(b"data: ")
+            assert fake.requests.get(timeout=DEADLINE)[1]["Authorization"] == "Bearer key"
             process.send_signal(signal.SIGTERM)
             poll(lambda: not accepts(server.server_port))
             assert process.poll() is None

@@ -218,10 +218,13 @@ class FakeOllama:
         connection.recv(1)
 
 
+DEFAULTS = vars(read_settings(["--listen", "127.0.0.1:0"], {}))
+
+
 def make_settings(upstream, **changes):
     """The default settings with changes by name, on a free port."""
-    settings = read_settings(["--listen", "127.0.0.1:0", "--upstream", upstream], {})
-    assert set(changes) <= set(vars(settings))
+    settings = argparse.Namespace(**{**DEFAULTS, "upstream": parse_url(upstream)})
+    assert set(changes) <= set(DEFAULTS)
     vars(settings).update(changes)
     return settings
 
@@ -233,7 +236,7 @@ def start(request):
         fake = FakeOllama(*steps, size=size, answers=answers)
         request.addfinalizer(fake.close)
         server = ProxyServer(make_settings(upstream or fake.url, **settings))
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.002}, daemon=True).start()
 
         def stop():
             server.shutdown()
@@ -817,8 +820,8 @@ def test_reference_to_the_whole_schema_goes_up_as_one_to_its_new_place(start, na
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("ending", [(), (RESET,)], ids=["FIN", "RST"])
-def test_recording_cut_after_every_single_byte_never_looks_finished(start, ending, stream):
-    recording = RECORDED["length"]
+def test_answer_cut_after_every_single_byte_never_looks_finished(start, ending, stream):
+    recording = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(says("Hi")) + chunk(FINAL) + END
     body, end = recording.index(b"\r\n\r\n") + 4, recording.index(b"\n", recording.index(b'"done":true')) + 1
     server, fake = start()
     for i in range(end):
@@ -826,7 +829,7 @@ def test_recording_cut_after_every_single_byte_never_looks_finished(start, endin
         assert_failed(chat(server, stream=stream), 502, "upstream_cut" if i == 0 or i >= body else None)
     for i in range(end, len(recording)):
         fake.steps = (recording[:i],)  # by RST the line itself may be lost
-        assert "Hello from a" in chat(server, stream=stream).text()
+        assert chat(server, stream=stream).text() == "Hi"
 
 
 WITHOUT_CHUNKS = HEAD.replace(b"Transfer-Encoding: chunked", b"%b") + says("some")
@@ -1009,7 +1012,7 @@ def test_thousand_clients_that_go_away_leave_nothing_behind(start, log, request,
         return descriptors, len(gc.get_objects())
     request.addfinalizer(gc.enable)
     gc.disable()  # what is not closed stays open: the garbage collector does not come to help
-    before, *_, after = [left_after(100) for _ in range(11)]
+    before, *_, after = [left_after(100) for _ in range(6)]  # and as many in the other case
     assert after[0] <= before[0] and after[1] < before[1] + 500
 
 
@@ -1777,14 +1780,14 @@ def test_client_that_resets_instead_of_a_whole_request_is_no_fault_of_the_proxy(
 
 
 def test_client_is_cut_when_it_stops_reading_but_not_while_it_reads_slowly(start, monkeypatch):
-    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 1.0)
+    monkeypatch.setattr(proxy_module, "CLIENT_SECONDS", 0.4)
     endless = Endless(chunk(says("x" * 3_000_000)))
     server, fake = start(HEAD, endless, size=1)
     server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)  # connections inherit it
     with Client(server, path=None) as client:
         client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         client.ask()
-        for _ in range(100):  # longer than a limit for the whole frame
+        for _ in range(30):  # longer than a limit for the whole frame
             threading.Event().wait(0.02)
             assert client.socket.recv(4096)
         assert not fake.hung_up.is_set()
@@ -1972,12 +1975,11 @@ def test_browser_gets_the_page_which_may_load_nothing_from_anywhere(start):
 @pytest.mark.skipif(os.name == "nt", reason="signals are something else there")
 @pytest.mark.parametrize("signals, statuses", [(1, [0]), (30, [0, 1])], ids=["one", "many"])
 def test_signals_end_the_program(signals, statuses):
-    for _ in range(3):
-        with running("--listen", "127.0.0.1:0", "--demo") as process:
-            assert "is listening on" in process.stderr.readline()
-            for _ in range(signals):
-                process.send_signal(signal.SIGTERM)
-            assert process.wait(DEADLINE) in statuses
+    with running("--listen", "127.0.0.1:0", "--demo") as process:
+        assert "is listening on" in process.stderr.readline()
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(DEADLINE) in statuses
 
 
 @contextlib.contextmanager

@@ -756,7 +756,8 @@ class Upstream:
         """Send a request; yield the response once its head is there, which can take minutes."""
         def patient_response(sock: socket.socket, *args: Any, **kwargs: Any) -> Any:
             response = HTTPResponse(sock, *args, **kwargs)
-            response.fp = io.BufferedReader(PatientReader(sock, response.fp, patience))
+            raw = response.fp.detach()
+            response.fp = io.BufferedReader(PatientReader(sock, raw, patience))
             return response
 
         with closing(self.connect()) as connection:
@@ -1465,7 +1466,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     """One client connection, in its own thread."""
     server: ProxyServer
     disable_nagle_algorithm = True  # a frame leaves at once
-    timeout = CLIENT_SECONDS
+    timeout, rbufsize = CLIENT_SECONDS, 0
 
     def setup(self) -> None:
         """Prepare the connection; do the TLS handshake."""
@@ -1474,7 +1475,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
         if isinstance(self.connection, ssl.SSLSocket):
             self.connection.do_handshake()
         reader = PatientReader(self.connection, self.rfile, self)
-        self.rfile = io.BufferedReader(reader, 2048)  # small: there may be many clients
+        self.rfile = io.BufferedReader(reader, 2048)  # small, for many clients
 
     def before(self) -> None:
         """Wait for bytes until a deadline, or slow clients could hold threads."""
@@ -1544,7 +1545,7 @@ class ProxyHandler(http.server.BaseHTTPRequestHandler):
     def linger(self) -> None:
         """Read on for a moment: closing with unread bytes sends a reset."""
         self.deadline = time.monotonic() + LINGER_SECONDS
-        with suppress(OSError, ClientGone, ProxyError):  # the client or the time is gone
+        with suppress(OSError, ClientGone, ProxyError):
             self.connection.shutdown(socket.SHUT_WR)
             while self.rfile.read(SLICE_BYTES):
                 pass

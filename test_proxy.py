@@ -821,7 +821,8 @@ def test_reference_to_the_whole_schema_goes_up_as_one_to_its_new_place(start, na
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 @pytest.mark.parametrize("ending", [(), (RESET,)], ids=["FIN", "RST"])
 def test_answer_cut_after_every_single_byte_never_looks_finished(start, ending, stream):
-    recording = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunk(says("Hi")) + chunk(FINAL) + END
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    recording = head + chunk(says("Hi")) + chunk(FINAL) + END
     body, end = recording.index(b"\r\n\r\n") + 4, recording.index(b"\n", recording.index(b'"done":true')) + 1
     server, fake = start()
     for i in range(end):

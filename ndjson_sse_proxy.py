@@ -1631,7 +1631,7 @@ class ProxyServer(http.server.ThreadingHTTPServer):
 # ---- 10. Demo: a scripted Ollama ----
 # For a first look without Ollama, over a real socket.
 
-DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: the messages that it streams
+DEMO_MODELS: dict[str, list[Json]] = {  # each shows one thing: its messages
     "demo-text": [{"content": word} for word in re.findall(r"\s*\S+", (
         "Hello! Every word here was a line of NDJSON and became a frame of SSE. 你好 🙂\n"
         "This newline did not break its frame."))],
@@ -1656,11 +1656,12 @@ class DemoHandler(http.server.BaseHTTPRequestHandler):
         if self.path not in ("/api/chat", "/v1/models"):
             answer = [{"error": f"the demo has no {self.path}"}]
         elif self.command == "GET":
-            answer = [{"object": "list", "data": [{"id": name, "object": "model", "created": 0}
+            answer = [{"object": "list", "data": [{"id": name, "object": "model"}
                                                   for name in DEMO_MODELS]}]
         elif model in DEMO_MODELS:
             answer = [part if "error" in part else {"model": model, "message": {
-                "role": "assistant", "content": "", **part}} for part in DEMO_MODELS[model]]
+                "role": "assistant", "content": "", **part}, "done": False}
+                for part in DEMO_MODELS[model]]
             if "error" not in answer[-1]:
                 answer.append({"model": model, "done": True, "done_reason": "stop",
                                "prompt_eval_count": 9, "eval_count": len(answer)})

@@ -24,7 +24,6 @@ EQUIVALENT = {  # a mutation as it is printed: why no test need notice
     'ChatStream.__init__ #3: 0 -> 1': "set before it is read",
     'refused #1: "" -> "mutated"': "the place of a value that is always None",
     'to_native_messages #12: "" -> "mutated"': "no call has this id, either",
-    'PatientReader.close #0: self._original.close() -> pass': "CPython closes it anyway",
     'ProxyServer.drain #7: 0.02 -> 0.0': "it only looks more often",
 }
 # A loop that no longer ends must not take all memory; but thread stacks reserve 8 GB of addresses.

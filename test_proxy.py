@@ -20,6 +20,7 @@ import doctest
 import functools
 import gc
 import http.client
+import io
 import json
 import os
 import queue
@@ -1997,10 +1998,19 @@ def running(*arguments, command=(sys.executable, str(PROGRAM)), **environ):
 
 def mistake(*arguments, **environ):
     """The one line with which the program ends at once, with status 2."""
-    with running(*arguments, **environ) as process:
-        _, output = process.communicate(timeout=DEADLINE)
-    assert process.returncode == 2 and len(output.splitlines()) == 1, output
-    return output
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(mock.patch.dict(os.environ, environ, clear=True))
+        for target, name, new in (
+                (sys, "argv", ["", *arguments]), (proxy_module, "serve", ProxyServer.server_close),
+                (proxy_module, "say", lambda text: print(text, file=sys.stderr))):
+            stack.enter_context(mock.patch.object(target, name, new))
+        try:
+            status = proxy_module.main()
+        except SystemExit as error:
+            status = error.code
+    assert status == 2 and len(output.getvalue().splitlines()) == 1, output.getvalue()
+    return output.getvalue()
 
 
 def free_port():

@@ -502,6 +502,7 @@ def test_recorded_text_goes_out_in_openais_form_however_it_is_split(start, size)
     answer = chat(server, stream_options={"include_usage": True})
     assert answer.headers["Cache-Control"] == "no-cache" and answer.headers["X-Accel-Buffering"] == "no"
     assert answer.text() == HELLO and answer.headers["X-Request-Id"].startswith("req_")
+    assert "Connection" not in answer.headers  # so it stays open
     chunks, whole = answer.chunks(), chat(server, False).json()
     choices = [c["choices"][0] for c in chunks[:-1]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}
@@ -988,6 +989,7 @@ def test_client_that_goes_away_is_noticed_although_ollama_talks_and_nothing_is_s
     client.leave()
     poll(lambda: b"client_hangups_total 1\n" in call(server, "GET", "/metrics").body)
     assert fake.hung_up.wait(DEADLINE)
+    assert stream or b'/completions",status="499"} 1\n' in call(server, "GET", "/metrics").body
 
 
 def test_forced_call_gets_heartbeats_although_ollama_talks(start):
@@ -1440,6 +1442,7 @@ def test_log_says_how_a_stream_ended(start, log, path, accept, steps, until, end
     client.leave("RST")
     record = next_record(log)
     assert (record["end"], record.get("error")) == (end, error) and "first_token_seconds" in record
+    assert record["model"] == "m"
     assert record.get("completion_tokens") == (27 if end == "done" else None)
 
 

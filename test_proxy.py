@@ -503,6 +503,7 @@ def test_recorded_text_goes_out_in_openais_form_however_it_is_split(start, size)
     assert answer.headers["Cache-Control"] == "no-cache" and answer.headers["X-Accel-Buffering"] == "no"
     assert answer.text() == HELLO and answer.headers["X-Request-Id"].startswith("req_")
     assert "Connection" not in answer.headers  # so it stays open
+    assert not {"X-Accel-Buffering", "Cache-Control"} & set(chat(server, False).headers)
     chunks, whole = answer.chunks(), chat(server, False).json()
     choices = [c["choices"][0] for c in chunks[:-1]]
     assert choices[0]["delta"] == {"role": "assistant", "content": ""}

@@ -1392,6 +1392,12 @@ def test_shape_hook_changes_the_body_on_every_route(start, hooks):
     assert call(server, "POST", "/v1/audio/transcriptions", b"RIFF").status == 500 and fake.requests.empty()
 
 
+def test_shape_hook_sees_what_is_sent_although_a_name_is_there_twice(start, hooks):
+    server, fake = start(RECORDED["hello"], hooks=hooks("def shape(route, body, caller): assert body['a'] == 2"))
+    assert call(server, "POST", "/api/chat", b'{"a":1,"a":2}').status == 200
+    assert fake.requests.get(timeout=DEADLINE)[2] == b'{"a":2}'
+
+
 @pytest.mark.parametrize("hook", ["authenticate(headers)", "shape(route, body, caller)"])
 @pytest.mark.parametrize("raised", [
     *[f"ProxyError(429, 'x', headers={headers})" for headers in (

@@ -1393,7 +1393,7 @@ def test_shape_hook_changes_the_body_on_every_route(start, hooks):
 
 
 def test_shape_hook_sees_what_is_sent_although_a_name_is_there_twice(start, hooks):
-    server, fake = start(RECORDED["hello"], hooks=hooks("def shape(route, body, caller): assert body['a'] == 2"))
+    server, fake = start(RECORDED["hello"], hooks=hooks("def shape(r, body, c): assert body['a'] == 2"))
     assert call(server, "POST", "/api/chat", b'{"a":1,"a":2}').status == 200
     assert fake.requests.get(timeout=DEADLINE)[2] == b'{"a":2}'
 

@@ -1761,9 +1761,9 @@ def drip(client, data):
     for i in range(len(data)):
         if select.select([client.socket], [], [], 0.02)[0]:
             try:
-        return client.read_until(b"\r\n0\r\n\r\n")
-    except ConnectionError:  # closed with unread bytes, and so reset
-        return b""
+                return client.read_until(b"\r\n0\r\n\r\n")
+            except ConnectionError:  # closed with unread bytes, and so reset
+                return b""
         client.socket.sendall(data[i:i + 1])
     raise AssertionError("the server has waited for all of it")
 

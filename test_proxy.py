@@ -1455,8 +1455,13 @@ def test_log_says_how_a_stream_ended(start, log, path, accept, steps, until, end
 
 def metrics(server):
     """The samples of /metrics, once no other request is under way."""
-    poll(lambda: b"active_requests 1\n" in call(server, "GET", "/metrics").body)
-    answer = call(server, "GET", "/metrics")
+    answer = None
+
+    def quiet():
+        nonlocal answer
+        answer = call(server, "GET", "/metrics")
+        return b"active_requests 1\n" in answer.body
+    poll(quiet)
     assert answer.headers["Content-Type"].startswith("text/plain; ")
     return dict(re.findall("(?m)^ndjson_sse_proxy_(.*) (.*)$", answer.body.decode()))
 

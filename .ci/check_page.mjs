@@ -173,8 +173,8 @@ for (let i = 0; i < 8; i++) {
   }));
   await page.keyboard.press("Tab");
 }
-assert.deepEqual(reached, ["model", "key", "prompt", "send", "Stop", "Thinking", "row",
-  "row"]);
+assert.deepEqual(reached, ["model", "key", "prompt", "send", "Stop", "Thinking", "row", "row"]);
+assert.deepEqual(page.faults, []);
 
 // Ollama starts after the page, without a model at first; then Send needs no reload. A 401 asks for the key.
 page = await browser.newPage();
